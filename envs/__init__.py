@@ -1,0 +1,165 @@
+"""The benchmark's tasks by name, and one function that makes any of them into a gymnasium environment.
+
+Importing this package is cheap: no simulator is loaded before `make_env` is called. Simulators live in
+`ogbench_env.py`; collecting, downloading and loading data sets in `collect_ogbench.py`, `download_ogbench.py` and
+`data.py`. Nothing here knows about agents.
+"""
+
+import ctypes
+import dataclasses
+import difflib
+import os
+import re
+import sys
+
+from utils.errors import UserError
+
+
+def _choose_renderer() -> None:
+    """Sets MUJOCO_GL for a machine without a display, before MuJoCo is imported: it reads the variable on import only.
+
+    A back end whose library is missing would make that import fail even for a run that never renders: hence the look.
+    """
+    if not sys.platform.startswith('linux') or any(os.environ.get(name) for name in ('DISPLAY', 'WAYLAND_DISPLAY')):
+        return
+    for backend, library in (('egl', 'libEGL.so.1'), ('osmesa', 'libOSMesa.so.8')):
+        try:
+            ctypes.CDLL(library)
+        except OSError:
+            continue
+        os.environ.setdefault('MUJOCO_GL', backend)
+        return
+    os.environ.setdefault('MUJOCO_GL', 'disable')
+
+
+if 'MUJOCO_GL' not in os.environ:
+    _choose_renderer()
+
+EXORL_TASKS = {
+    'cheetah': ('run', 'run_backward', 'walk', 'walk_backward'),
+    'walker': ('walk', 'run', 'stand', 'flip'),
+    'quadruped': ('run', 'jump', 'stand', 'walk'),
+    'jaco': ('reach_top_left', 'reach_top_right', 'reach_bottom_left', 'reach_bottom_right'),
+}
+# (observation size, action size) of each simulator.
+EXORL_SIZES = {'cheetah': (17, 6), 'walker': (24, 6), 'quadruped': (78, 12), 'jaco': (42, 9)}
+OGBENCH_OBSERVATION_SIZES = {'cube-single': 28, 'cube-double': 37, 'scene': 40, 'puzzle-4x4': 83}
+OGBENCH_ACTION_SIZE = 5
+IMAGE_SHAPE = (64, 64, 3)
+
+OGBENCH_STATE_DOMAINS = tuple(OGBENCH_OBSERVATION_SIZES)
+OGBENCH_DOMAINS = OGBENCH_STATE_DOMAINS + tuple(f'visual-{domain}' for domain in OGBENCH_STATE_DOMAINS)
+
+TASKS = (
+    tuple(f'{domain}_{task}' for domain, tasks in EXORL_TASKS.items() for task in tasks)
+    + tuple(f'{domain}-play-singletask-task{k}-v0' for domain in OGBENCH_STATE_DOMAINS for k in range(1, 6))
+    + tuple(f'visual-{domain}-play-singletask-task1-v0' for domain in OGBENCH_STATE_DOMAINS)
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskSpec:
+    """What a task's name stands for.
+
+    Attributes:
+        name: the benchmark's name of the task.
+        suite: 'ogbench' or 'exorl'.
+        domain: the tasks of one domain share reward-free data, hence one pre-trained checkpoint.
+        visual: whether observations are images (uint8) rather than state vectors (float32).
+        env_id: the simulator's own id of the task.
+        dataset_env: what `--env_name` of the collecting and downloading commands takes.
+        reward_at: which state of a transition its reward label is computed from, 'observations' or 'next_observations'.
+        observation_shape: shape of one observation.
+        action_size: number of action dimensions, each in [-1, 1].
+    """
+
+    name: str
+    suite: str
+    domain: str
+    visual: bool
+    env_id: str
+    dataset_env: str
+    reward_at: str
+    observation_shape: tuple[int, ...]
+    action_size: int
+
+
+def suggest(word: str, known) -> str:
+    """', did you mean …?' with the nearest of the known names, or '' if nothing is near."""
+    near = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
+    return f'; did you mean {" or ".join(near)}?' if near else ''
+
+
+def task_spec(env_name: str) -> TaskSpec:
+    """What `env_name` stands for: one of `TASKS`, or `X-play-singletask-v0` for an OGBench environment's default task.
+
+    Raises:
+        UserError: there is no task of that name; the message gives the nearest ones.
+    """
+    match = re.fullmatch(r'(.+)-play-singletask(-task[1-5])?-v0', env_name)
+    if match and match[1] in OGBENCH_DOMAINS and (env_name in TASKS or match[2] is None):
+        domain, task = match[1], match[2] or ''
+        visual = domain.startswith('visual-')
+        shape = IMAGE_SHAPE if visual else (OGBENCH_OBSERVATION_SIZES[domain],)
+        return TaskSpec(
+            name=env_name,
+            suite='ogbench',
+            domain=domain,
+            visual=visual,
+            env_id=f'{domain}-singletask{task}-v0',
+            dataset_env=f'{domain}-v0',
+            reward_at='observations',
+            observation_shape=shape,
+            action_size=OGBENCH_ACTION_SIZE,
+        )
+    if env_name in TASKS:
+        domain = env_name.split('_')[0]
+        observation_size, action_size = EXORL_SIZES[domain]
+        return TaskSpec(
+            name=env_name,
+            suite='exorl',
+            domain=domain,
+            visual=False,
+            env_id=env_name,
+            dataset_env=domain,
+            reward_at='next_observations',
+            observation_shape=(observation_size,),
+            action_size=action_size,
+        )
+    hint = suggest(env_name, TASKS) or f'; the {len(TASKS)} tasks are listed in envs.TASKS, for instance {TASKS[16]}'
+    raise UserError(f'unknown task {env_name!r}{hint}')
+
+
+def require_simulator(spec: TaskSpec) -> None:
+    """Raises UserError if this version cannot simulate the task. The one place to open for a new simulator."""
+    if spec.suite != 'ogbench' or spec.visual:
+        raise UserError(
+            f'{spec.name}: this version has no {"image" if spec.visual else "ExORL"} tasks yet; it has the 20 OGBench '
+            f'state tasks, X-play-singletask-task1-v0 to -task5-v0 with X one of {", ".join(OGBENCH_STATE_DOMAINS)}'
+        )
+
+
+def make_env(env_name: str, seed: int = 0, render_mode: str | None = None):
+    """Makes a task into a gymnasium environment.
+
+    Args:
+        env_name: a name that `task_spec` knows.
+        seed: seeds the first `reset()` that is not given a seed of its own. `reset(seed=k)` starts the same episode
+            every time, whatever happened before it, and the same actions then give the same episode.
+        render_mode: None, or 'rgb_array' for `render()` to return (H, W, 3) uint8 images.
+
+    Returns:
+        A `gymnasium.Env`: observations float32 (or uint8 images), actions float32 in [-1, 1] and clipped to it, the
+        time limit reported as truncation, `info['success']` 0.0 or 1.0. Close it when done: it may hold an OpenGL
+        context.
+
+    Raises:
+        UserError: unknown task, or one without a simulator in this version.
+    """
+    spec = task_spec(env_name)
+    require_simulator(spec)
+    if render_mode not in (None, 'rgb_array'):
+        raise UserError(f'render_mode={render_mode!r}: expected None or rgb_array')
+    from envs import ogbench_env
+
+    return ogbench_env.make_task_env(spec, seed=seed, render_mode=render_mode)

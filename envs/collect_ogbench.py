@@ -1,0 +1,227 @@
+"""Collects OGBench play data with the simulator's own scripted policies, in the published format, under its names.
+
+    python -m envs.collect_ogbench --env_name=cube-single-v0 --split=pretrain --workers=8
+
+writes `<dataset_dir>/cube-single-play-v0.npz` and `-val.npz` (split pretrain, reward-free) or
+`cube-single-play-ft-v0.npz` and `-val.npz` (split finetune: other episodes, made the same way). Each episode follows
+from (seed, split, file, its index) alone, so the files do not depend on the number of workers. An interrupted command
+continues where it stopped when it is given again. One core makes some 400 to 800 transitions a second. The scripts
+themselves are in `play.py`, the files in `episode_parts.py`.
+"""
+
+import contextlib
+import importlib.metadata
+import signal
+import sys
+import time
+from pathlib import Path
+
+from absl import flags
+from tqdm import tqdm
+
+from envs import OGBENCH_STATE_DOMAINS, data, episode_parts, suggest, worker_pool
+from utils import cli
+from utils.errors import UserError
+
+SPLITS = {'pretrain': 'pretraining', 'finetune': 'finetuning'}
+DEFAULT_EPISODES = {'pretrain': {'train': 1000, 'val': 100}, 'finetune': {'train': 500, 'val': 50}}
+COLLECTABLE = tuple(f'{domain}-v0' for domain in OGBENCH_STATE_DOMAINS)
+VERSIONED_PACKAGES = ('ogbench', 'mujoco', 'dm_control', 'numpy', 'scipy')
+FORMAT_VERSION = 1
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """Defines the command's flags; called only when this file is the command."""
+    flags.DEFINE_string('env_name', 'cube-single-v0', f'Environment: {", ".join(COLLECTABLE)}.')
+    flags.DEFINE_enum('split', 'pretrain', list(SPLITS), 'Which of the two phases the data are for.')
+    flags.DEFINE_integer(
+        'num_episodes', None, 'Training episodes (1000 to pre-train, 500 to fine-tune).', lower_bound=1
+    )
+    flags.DEFINE_integer(
+        'val_episodes', None, 'Validation episodes (100 to pre-train, 50 to fine-tune).', lower_bound=1
+    )
+    flags.DEFINE_integer('seed', 0, 'Seed; the same seed makes the same files.', lower_bound=0)
+    flags.DEFINE_integer('workers', None, 'Processes (all cores).', lower_bound=1)
+    flags.DEFINE_string('dataset_dir', data.DEFAULT_DATASET_DIR, 'Folder of the files.')
+    flags.DEFINE_bool('overwrite', False, 'Replace files that were made with other settings, or downloaded.')
+    flags.DEFINE_integer(
+        'episode_length', 1000, 'Transitions an episode; the published data have 1000, tests use fewer.', lower_bound=1
+    )
+
+
+class Interrupted(BaseException):
+    """A signal asked the command to stop."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+
+def _interrupt(number, frame):
+    raise Interrupted(number)
+
+
+def make_writer(dataset_env: str, rows: int):
+    """In a worker: a function that makes one episode and writes it; its job is (folder, index, seed)."""
+    from envs import play
+
+    scripted_play = play.ScriptedPlay(dataset_env)
+
+    def write(job):
+        folder, index, seed = job
+        episode_parts.write_part(Path(folder), index, scripted_play.episode(seed, rows))
+
+    return write
+
+
+def episode_seed(seed: int, split: str, file: str, index: int) -> tuple[int, ...]:
+    """The integers that name an episode: no two episodes of any two files share them."""
+    return (seed, list(SPLITS).index(split), ('train', 'val').index(file), index)
+
+
+def collect(
+    env_name: str,
+    split: str,
+    episodes: dict[str, int],
+    seed: int,
+    workers: int,
+    dataset_dir: str,
+    overwrite: bool = False,
+    episode_length: int = 1000,
+) -> list[Path]:
+    """Makes the train and val file of one split; files that are already there with the same settings are left alone.
+
+    Args:
+        env_name: one of `COLLECTABLE`.
+        split: 'pretrain' or 'finetune'.
+        episodes: number of episodes of the 'train' and of the 'val' file.
+        seed: non-negative.
+        workers: number of processes.
+        dataset_dir: folder, made if need be; ~ is expanded.
+        overwrite: whether to replace files made with other settings.
+        episode_length: transitions in each episode.
+
+    Returns:
+        The two paths.
+
+    Raises:
+        UserError: unknown environment; a file of other settings is in the way; another process makes the same file.
+        OSError: the file system refuses.
+    """
+    if env_name not in COLLECTABLE:
+        hint = suggest(env_name, COLLECTABLE) or f'; expected one of {", ".join(COLLECTABLE)}'
+        raise UserError(f'--env_name={env_name}: no environment that data can be collected in{hint}')
+    domain = env_name.removesuffix('-v0')
+    versions = {package: importlib.metadata.version(package) for package in VERSIONED_PACKAGES}
+    paths = {file: data.dataset_path(dataset_dir, domain, SPLITS[split], file) for file in ('train', 'val')}
+    settings = {
+        file: {
+            'format': FORMAT_VERSION,
+            'made_by': 'python -m envs.collect_ogbench',
+            'env_name': env_name,
+            'split': split,
+            'file': file,
+            'seed': seed,
+            'episode_length': episode_length,
+        }
+        for file in paths
+    }
+
+    wanted = [
+        file
+        for file in paths
+        if not _is_finished(paths[file], settings[file] | {'episodes': episodes[file]}, overwrite)
+    ]
+    parts = {file: episode_parts.EpisodeParts(paths[file], settings[file] | {'versions': versions}) for file in wanted}
+    jobs, found = [], 0
+    for file in wanted:
+        if parts[file].started_over:
+            _say(f'the parts in {parts[file].folder} were made with other settings: starting over')
+        missing = parts[file].missing(episodes[file])
+        found += episodes[file] - len(missing)
+        jobs += [(str(parts[file].folder), index, episode_seed(seed, split, file, index)) for index in missing]
+    if found:
+        _say(f'continuing: {found} of {found + len(jobs)} episodes are already there')
+
+    began = time.monotonic()
+    finished = worker_pool.run_jobs(make_writer, (env_name, episode_length + 1), jobs, workers)
+    # Closing stops the workers at once, whatever ends the loop.
+    with contextlib.closing(finished), _progress_bar(env_name, split, found, len(jobs), episode_length) as bar:
+        for _ in finished:
+            bar.update(episode_length)
+    if jobs:
+        seconds = time.monotonic() - began
+        made = len(jobs) * episode_length
+        _say(f'{made} transitions in {seconds:.1f} s: {made / seconds:.0f} a second, {min(workers, len(jobs))} workers')
+    for file in wanted:
+        parts[file].join(episodes[file], settings[file] | {'episodes': episodes[file], 'versions': versions})
+        _say(f'wrote {paths[file]} ({episodes[file]} episodes, {paths[file].stat().st_size / 1e6:.1f} MB)')
+    return list(paths.values())
+
+
+def _is_finished(path: Path, settings: dict, overwrite: bool) -> bool:
+    """Whether the file is there with these settings. Raises UserError if one with others is in the way."""
+    if not path.exists():
+        return False
+    metadata = episode_parts.read_metadata(path) or {}
+    if {name: metadata.get(name) for name in settings} == settings:
+        _say(f'{path} is already there, made with these settings')
+        return True
+    if overwrite:
+        return False
+    if metadata:
+        differing = [name for name, value in settings.items() if metadata.get(name) != value]
+        details = ', '.join(f'{name} {metadata.get(name)} instead of {settings[name]}' for name in differing)
+        origin = f'was made with other settings ({details})'
+    else:
+        origin = 'was not made by this command (downloaded, perhaps, or damaged)'
+    raise UserError(f'{path} {origin}; --overwrite replaces it, another --dataset_dir leaves it alone')
+
+
+def _progress_bar(env_name: str, split: str, found: int, jobs: int, episode_length: int):
+    return tqdm(
+        desc=f'{env_name} {split}',
+        initial=found * episode_length,
+        total=(found + jobs) * episode_length,
+        unit=' transitions',
+        unit_scale=True,
+        disable=not jobs,
+        mininterval=0.5 if sys.stderr.isatty() else 20.0,
+        smoothing=0.05,
+    )
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def main(argv):
+    del argv
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+    chosen = {'train': FLAGS.num_episodes, 'val': FLAGS.val_episodes}
+    try:
+        collect(
+            env_name=FLAGS.env_name,
+            split=FLAGS.split,
+            episodes={file: number or DEFAULT_EPISODES[FLAGS.split][file] for file, number in chosen.items()},
+            seed=FLAGS.seed,
+            workers=FLAGS.workers or worker_pool.available_cores(),
+            dataset_dir=FLAGS.dataset_dir,
+            overwrite=FLAGS.overwrite,
+            episode_length=FLAGS.episode_length,
+        )
+    except Interrupted as interruption:
+        print(
+            'stopped; the finished episodes are kept, and the same command continues with them',
+            file=sys.stderr,
+            flush=True,
+        )
+        return 128 + interruption.number
+
+
+if __name__ == '__main__':
+    define_flags()
+    cli.run(main)

@@ -1,0 +1,154 @@
+"""A data set while it is being made: a folder of finished episodes, and the joining of them into one npz file.
+
+The folder survives an interruption, however rough, and is gone when the file is there. The file is the published
+format: one array a key, all episodes' rows in order, plus `metadata`, a JSON string that says how it was made. What the
+episodes are is not known here.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from utils.errors import UserError
+
+METADATA_KEY = 'metadata'
+UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
+
+
+def read_metadata(path: Path) -> dict | None:
+    """How the npz file says it was made; None if it does not say (a published file) or cannot be read."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return json.loads(str(archive[METADATA_KEY]))
+    except UNREADABLE:
+        return None
+
+
+def write_part(folder: Path, index: int, episode: dict[str, np.ndarray]) -> None:
+    """Writes one finished episode, wholly or not at all."""
+    temporary = folder / f'{index:06d}.{os.getpid()}.tmp'
+    try:
+        with open(temporary, 'wb') as file:
+            np.savez(file, **episode)
+        os.replace(temporary, _part_path(folder, index))
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _part_path(folder: Path, index: int) -> Path:
+    return folder / f'{index:06d}.npz'
+
+
+class EpisodeParts:
+    """The folder `<target>.parts`, held by one process at a time.
+
+    Attributes:
+        folder: where `write_part` puts episodes.
+        started_over: whether parts were found that had been made with other settings, and thrown away.
+    """
+
+    def __init__(self, target: Path, settings: dict):
+        """Opens the folder, or makes it.
+
+        Args:
+            target: the npz file to be made.
+            settings: JSON-able; what decides the content of an episode of a given index.
+
+        Raises:
+            UserError: another process is making the same file.
+            OSError: the folder cannot be made.
+        """
+        self._target = target
+        self.folder = target.with_name(target.name + '.parts')
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.folder / 'lock', 'w')  # noqa: SIM115 (held until the file is made)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f'another process is making {target}; wait for it, or stop it') from None
+        except OSError:
+            pass  # Some network file systems have no locks.
+
+        settings_path = self.folder / 'settings.json'
+        written = json.dumps(settings, sort_keys=True)
+        parts = list(self.folder.glob('*.npz'))
+        same = settings_path.exists() and settings_path.read_text() == written
+        self.started_over = bool(parts) and not same
+        for path in self.folder.glob('*.tmp'):
+            path.unlink(missing_ok=True)
+        if not same:
+            for path in parts:
+                path.unlink()
+            temporary = self.folder / 'settings.tmp'
+            temporary.write_text(written)
+            os.replace(temporary, settings_path)
+
+    def missing(self, episodes: int) -> list[int]:
+        """Indices below `episodes` that have no readable part."""
+        return [index for index in range(episodes) if not self._is_readable(index)]
+
+    def _is_readable(self, index: int) -> bool:
+        try:
+            with zipfile.ZipFile(_part_path(self.folder, index)) as archive:
+                return archive.testzip() is None
+        except UNREADABLE:
+            return False
+
+    def join(self, episodes: int, metadata: dict) -> None:
+        """Puts the first `episodes` parts into the target, in order, wholly or not at all, and removes the folder.
+
+        The bytes depend on the arrays and the metadata alone: the time stamps inside are constant. Nothing is
+        compressed, which play data repay with less than a tenth of their size. One part is in memory at a time.
+        """
+        with np.load(_part_path(self.folder, 0)) as first:
+            keys = sorted(first.files)
+        temporary = self.folder / 'joined.tmp'
+        with zipfile.ZipFile(temporary, 'w', zipfile.ZIP_STORED) as archive:
+            for key in keys:
+                self._join_key(archive, key, episodes)
+            with _open_member(archive, METADATA_KEY) as member:
+                np.lib.format.write_array(member, np.array(json.dumps(metadata, sort_keys=True)), allow_pickle=False)
+        with open(temporary, 'rb') as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, self._target)
+        shutil.rmtree(self.folder)
+        self.close()
+
+    def _join_key(self, archive: zipfile.ZipFile, key: str, episodes: int) -> None:
+        def part(index):
+            with np.load(_part_path(self.folder, index)) as arrays:
+                return arrays[key]
+
+        rows = sum(self._rows(index, key) for index in range(episodes))
+        first = part(0)
+        header = {
+            'descr': np.lib.format.dtype_to_descr(first.dtype),
+            'fortran_order': False,
+            'shape': (rows, *first.shape[1:]),
+        }
+        with _open_member(archive, key) as member:
+            np.lib.format.write_array_header_1_0(member, header)
+            for index in range(episodes):
+                member.write(np.ascontiguousarray(part(index)).tobytes())
+
+    def _rows(self, index: int, key: str) -> int:
+        with zipfile.ZipFile(_part_path(self.folder, index)) as archive, archive.open(f'{key}.npy') as member:
+            np.lib.format.read_magic(member)
+            return np.lib.format.read_array_header_1_0(member)[0][0]
+
+    def close(self) -> None:
+        """Lets another process have the folder."""
+        self._lock.close()
+
+
+def _open_member(archive: zipfile.ZipFile, key: str):
+    info = zipfile.ZipInfo(f'{key}.npy', date_time=(1980, 1, 1, 0, 0, 0))
+    info.external_attr = 0o600 << 16
+    return archive.open(info, 'w', force_zip64=True)
