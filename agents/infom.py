@@ -1,0 +1,362 @@
+"""InFOM: Intention-Conditioned Flow Occupancy Models (arXiv 2506.08902).
+
+Pre-training fits, on reward-free transitions, an intention encoder q(z|s',a') and a vector field v(x_t, t, s, a, z) whose flow samples
+the discounted future states of (s, a) under intention z, with the SARSA form of the TD-flow loss (arXiv 2503.09817), plus a cloned policy.
+Fine-tuning scores sampled futures with a learned reward, distils them over random z into Q with an expectile loss (implicit generalised
+policy improvement) and improves the policy on Q with behavioural cloning as regulariser.
+
+This file holds the configuration, the losses and the updates; sampling batches, looping over steps and files live elsewhere.
+Shapes: B batch, N flow samples per row, S state features (or image features), A action dimensions, Z latent dimensions.
+"""
+
+from typing import Any, ClassVar, NamedTuple
+
+import flax
+import jax
+import jax.numpy as jnp
+import ml_collections
+from flax import linen as nn
+from jax import lax
+
+from agents import common
+from utils.encoders import make_encoder
+from utils.errors import UserError
+from utils.flows import clipping_bounds, euler_integrate
+from utils.networks import GaussianActor, IntentionEncoder, ScalarHead, VectorField
+
+
+class Networks(NamedTuple):
+    """Module definitions (no parameters); names are the keys of `InFOMAgent.params`. `encoder` is None for states."""
+
+    vector_field: nn.Module
+    intention_encoder: nn.Module
+    critic: nn.Module
+    reward: nn.Module
+    actor: nn.Module
+    encoder: nn.Module | None
+
+
+class InFOMAgent(flax.struct.PyTreeNode):
+    """Parameters and optimiser states; every method is pure, jit-able, and vmap-able over seeds."""
+
+    params: dict[str, Any]
+    target_params: dict[str, Any]
+    opt_states: dict[str, Any]
+    flow_bounds: tuple[jax.Array, jax.Array] | None  # (lower, upper), each (S,): where flow samples are clipped.
+    networks: Networks = flax.struct.field(pytree_node=False)
+    config: ml_collections.FrozenConfigDict = flax.struct.field(pytree_node=False)
+
+    # What the training loop must put into a batch besides observations, actions, next observations (and rewards).
+    needs: ClassVar[frozenset[str]] = frozenset({'next_actions'})
+
+    # ------------------------------------------------------------------------------------------------------------- features
+
+    def features(self, params, observations):
+        """Images → features (B, S) by the encoder in `params`; states are their own features."""
+        if self.networks.encoder is None:
+            return observations
+        return self.networks.encoder.apply({'params': params['encoder']}, observations)
+
+    def condition(self, params, features, actions, latents):
+        """The vector field's part that is constant along the flow, for s, a, z: (B, H)."""
+        return self.networks.vector_field.apply(
+            {'params': params['vector_field']}, features, actions, latents, method='condition'
+        )
+
+    def velocity(self, params, x, times, condition):
+        """v(x_t, t, s, a, z) with (s, a, z) given as `condition`."""
+        return self.networks.vector_field.apply({'params': params['vector_field']}, x, times, condition)
+
+    def sample_futures(self, params, noise, condition):
+        """Future states by Euler integration of the field in `params` from noise (…, S), clipped at each step if configured."""
+        return euler_integrate(
+            lambda x, t: self.velocity(params, x, t, condition), noise, self.config.num_flow_steps, self.flow_bounds
+        )
+
+    def infer_intentions(self, params, batch, key):
+        """z ~ q(z | s', a'), reparametrised; returns z (B, Z), means and log stds."""
+        means, log_stds = self.networks.intention_encoder.apply(
+            {'params': params['intention_encoder']}, batch['next_observations'], batch['next_actions']
+        )
+        return means + jnp.exp(log_stds) * jax.random.normal(key, means.shape), means, log_stds
+
+    # --------------------------------------------------------------------------------------------------------------- losses
+
+    def occupancy_loss(self, params, batch, key):
+        """L_FM + λ·L_KL: the negative evidence lower bound with the SARSA TD-flow loss as its likelihood term.
+
+        L_FM = E[(1−γ)·ℓ_cur + γ·ℓ_fut] (arXiv 2506.08902, §4.2; arXiv 2503.09817): ℓ_cur draws the flow towards the current state,
+        ℓ_fut towards samples of the target field at (s', a'). z gets gradient from ℓ_cur and L_KL only.
+        """
+        latent_key, time_key, noise_key, next_noise_key = jax.random.split(key, 4)
+        latents, means, log_stds = self.infer_intentions(params, batch, latent_key)
+        # Mean over latent dimensions, so that the effective weight of the KL term is λ / Z.
+        kl_loss = -0.5 * jnp.mean(1 + 2 * log_stds - means**2 - jnp.exp(2 * log_stds))
+
+        # With images, the online encoder learns through x_t of the current term alone.
+        observations = self.features(params, batch['observations'])
+        states = lax.stop_gradient(observations)
+        next_states = self.features(self.target_params, batch['next_observations'])
+        times = jax.random.uniform(time_key, (states.shape[0], 1))
+
+        # Current term: x_t = t·s + (1−t)·ε, regressed on s − ε.
+        noise = jax.random.normal(noise_key, states.shape)
+        current_x = times * observations + (1 - times) * noise
+        current_target = states - noise
+
+        # Future term: x̂ by the target field from ε' at (s', a', z); with the same t, regress on the target field's velocity.
+        next_noise = jax.random.normal(next_noise_key, states.shape)
+        next_condition = self.condition(
+            self.target_params, next_states, batch['next_actions'], lax.stop_gradient(latents)
+        )
+        futures = self.sample_futures(self.target_params, next_noise, next_condition)
+        future_x = times * futures + (1 - times) * next_noise
+        future_target = self.velocity(self.target_params, future_x, times, next_condition)
+
+        # One forward pass for both terms; z is a constant in the future half.
+        conditions = [
+            self.condition(params, states, batch['actions'], latents),
+            self.condition(params, states, batch['actions'], lax.stop_gradient(latents)),
+        ]
+        velocities = self.velocity(
+            params,
+            jnp.concatenate([current_x, future_x]),
+            jnp.concatenate([times, times]),
+            jnp.concatenate(conditions),
+        )
+        targets = jnp.concatenate([current_target, future_target])
+        current_loss, future_loss = jnp.split(jnp.mean((velocities - targets) ** 2, axis=-1), 2)
+        flow_loss = jnp.mean((1 - self.config.discount) * current_loss + self.config.discount * future_loss)
+
+        return flow_loss + self.config.kl_weight * kl_loss, {
+            'flow_loss': flow_loss,
+            'current_flow_loss': current_loss.mean(),
+            'future_flow_loss': future_loss.mean(),
+            'kl_loss': kl_loss,
+        }
+
+    def reward_loss(self, params, batch):
+        """L_R = E(R(s̃) − r)², s̃ the state that the reward belongs to; features carry no gradient to the encoder."""
+        features = lax.stop_gradient(self.features(params, batch['reward_observations']))
+        predictions = self.networks.reward.apply({'params': params['reward']}, features)
+        loss = jnp.mean((predictions - batch['rewards']) ** 2)
+        return loss, {'reward_loss': loss, 'reward_prediction': predictions.mean()}
+
+    def q_targets(self, params, batch, key):
+        """y = 1/((1−γ)·N)·Σ_k R(x̂_k), N futures of the online field at (s, a, z), one z per row: (B,). Carries no gradient."""
+        params = lax.stop_gradient(params)
+        latent_key, noise_key = jax.random.split(key)
+        if self.config.critic_latent_type == 'prior':
+            latents = jax.random.normal(latent_key, (batch['actions'].shape[0], self.config.latent_dim))
+        else:
+            latents, _, _ = self.infer_intentions(params, batch, latent_key)
+        states = self.features(params, batch['observations'])
+        condition = self.condition(params, states, batch['actions'], latents)
+        noise = jax.random.normal(noise_key, (states.shape[0], self.config.num_flow_goals, states.shape[1]))
+        futures = self.sample_futures(params, noise, condition[:, None])  # (B, N, S)
+        rewards = self.networks.reward.apply({'params': params['reward']}, futures)  # (B, N)
+        return rewards.mean(axis=1) / (1 - self.config.discount)
+
+    def critic_loss(self, params, batch, key):
+        """L_Q = E_{e,i} ρ_μ(y − Q_e(s, a)): the expectile over random z is the implicit generalised policy improvement."""
+        targets = self.q_targets(params, batch, key)
+        qs = self.networks.critic.apply({'params': params['critic']}, batch['observations'], batch['actions'])  # (2, B)
+        loss = common.expectile_loss(targets - qs, self.config.expectile).mean()
+        return loss, {
+            'critic_loss': loss,
+            'q_mean': qs.mean(),
+            'q_max': qs.max(),
+            'q_min': qs.min(),
+            'q_target_mean': targets.mean(),
+        }
+
+    def cloning_loss(self, params, batch):
+        """L_BC = −E log π(a|s)."""
+        means, stds = self.networks.actor.apply({'params': params['actor']}, batch['observations'])
+        return common.behavioral_cloning(means, stds, batch['actions'])
+
+    def actor_loss(self, params, batch):
+        """L_π = −E agg_e Q_e(s, clip₁(mode)) − α·E log π(a|s); `normalize_q_loss` divides the first term by sg E|q|."""
+        means, stds = self.networks.actor.apply({'params': params['actor']}, batch['observations'])
+        critic_params = lax.stop_gradient(params['critic'])
+        qs = self.networks.critic.apply({'params': critic_params}, batch['observations'], jnp.clip(means, -1, 1))
+        q = qs.min(axis=0) if self.config.q_agg == 'min' else qs.mean(axis=0)
+        q_loss = -q.mean()
+        if self.config.normalize_q_loss:
+            q_loss = q_loss / lax.stop_gradient(jnp.abs(q).mean())
+        bc_loss, metrics = common.behavioral_cloning(means, stds, batch['actions'])
+        loss = q_loss + self.config.alpha * bc_loss
+        return loss, {'actor_loss': loss, 'actor_q': q.mean(), **metrics}
+
+    def pretraining_loss(self, params, batch, key):
+        """L = L_FM + λ·L_KL + L_BC."""
+        occupancy_loss, occupancy_metrics = self.occupancy_loss(params, batch, key)
+        bc_loss, bc_metrics = self.cloning_loss(params, batch)
+        loss = occupancy_loss + bc_loss
+        return loss, {'loss': loss, **occupancy_metrics, **bc_metrics}
+
+    def finetuning_loss(self, params, batch, key, update_actor: bool = True):
+        """L = L_R + L_Q + L_FM + λ·L_KL, + L_π in the steps that update the actor."""
+        critic_key, occupancy_key = jax.random.split(key)
+        terms = [
+            self.reward_loss(params, batch),
+            self.critic_loss(params, batch, critic_key),
+            self.occupancy_loss(params, batch, occupancy_key),
+        ]
+        if update_actor:
+            terms.append(self.actor_loss(params, batch))
+        loss = sum(term for term, _ in terms)
+        return loss, {'loss': loss, **{name: value for _, metrics in terms for name, value in metrics.items()}}
+
+    # -------------------------------------------------------------------------------------------------------------- updates
+
+    def pretrain(self, batch, key):
+        """One reward-free update of field, intention encoder and cloned actor; returns (agent, metrics)."""
+        modules = ['vector_field', 'intention_encoder', 'actor', *self.encoder_modules]
+        return self._step(modules, lambda params: self.pretraining_loss(params, batch, key))
+
+    def finetune(self, batch, key, *, update_actor: bool):
+        """One update on labelled data; `update_actor` is static, and without it the actor stays exactly where it is."""
+        modules = ['vector_field', 'intention_encoder', 'critic', 'reward', *self.encoder_modules]
+        modules += ['actor'] if update_actor else []
+        return self._step(modules, lambda params: self.finetuning_loss(params, batch, key, update_actor))
+
+    def begin_finetuning(self, labelled_batch, key):
+        """The switch between the phases: every target is set to a copy of its online network."""
+        del labelled_batch, key  # InFOM infers nothing from labelled data here.
+        return self.replace(target_params=common.copy_of({name: self.params[name] for name in self.target_params}))
+
+    def act(self, observations, key, temperature=1.0):
+        """Actions (B, A) in [−1, 1]: the mode plus `temperature` times the policy's noise; 0 gives the mode."""
+        means, stds = self.networks.actor.apply({'params': self.params['actor']}, observations)
+        return jnp.clip(means + temperature * stds * jax.random.normal(key, means.shape), -1, 1)
+
+    @property
+    def encoder_modules(self):
+        return [] if self.networks.encoder is None else ['encoder']
+
+    def _step(self, modules, loss_fn):
+        params, opt_states, metrics = common.adam_step(self, modules, loss_fn)
+        target_params = common.target_update(params, self.target_params, self.config.tau)
+        return self.replace(params=params, opt_states=opt_states, target_params=target_params), metrics
+
+    # ------------------------------------------------------------------------------------------------------------- creation
+
+    @classmethod
+    def create(cls, key, example_batch, config):
+        """A fresh agent for batches like `example_batch`.
+
+        key: a JAX random key. example_batch: observations (B, …), actions (B, A) and, for `clip_flow_goals`, observation_min and
+        observation_max (S,) of the normalised pre-training observations. Raises UserError for an inconsistent config.
+        """
+        config = ml_collections.FrozenConfigDict(config)
+        validate_config(config)
+        observations, actions = example_batch['observations'], example_batch['actions']
+        keys = dict(zip(Networks._fields, jax.random.split(key, len(Networks._fields)), strict=True))
+        params = {}
+
+        def init(name, module, *inputs, **kwargs):
+            params[name] = module.init(keys[name], *inputs, **kwargs)['params']
+
+        encoder = make_encoder(config.encoder)
+        features = observations
+        if encoder is not None:
+            init('encoder', encoder, observations)
+            features = encoder.apply({'params': params['encoder']}, observations)
+        latents = jnp.zeros((*actions.shape[:-1], config.latent_dim))
+        networks = Networks(
+            vector_field=VectorField(
+                output_dim=features.shape[-1],
+                condition_dim=features.shape[-1] + actions.shape[-1] + config.latent_dim,
+                hidden_dims=config.value_hidden_dims,
+                layer_norm=config.value_layer_norm,
+            ),
+            intention_encoder=IntentionEncoder(
+                latent_dim=config.latent_dim,
+                hidden_dims=config.intention_encoder_hidden_dims,
+                layer_norm=config.intention_encoder_layer_norm,
+                encoder=make_encoder(config.encoder),
+            ),
+            critic=ScalarHead(
+                config.value_hidden_dims, config.value_layer_norm, num_ensembles=2, encoder=make_encoder(config.encoder)
+            ),
+            reward=ScalarHead(config.reward_hidden_dims, config.reward_layer_norm),
+            actor=GaussianActor(
+                action_dim=actions.shape[-1],
+                hidden_dims=config.actor_hidden_dims,
+                layer_norm=config.actor_layer_norm,
+                const_std=config.const_std,
+                encoder=make_encoder(config.encoder),
+            ),
+            encoder=encoder,
+        )
+        init('vector_field', networks.vector_field, features, jnp.zeros(()), features, actions, latents, method='init_all')
+        init('intention_encoder', networks.intention_encoder, observations, actions)
+        init('critic', networks.critic, observations, actions)
+        init('reward', networks.reward, features)
+        init('actor', networks.actor, observations)
+
+        flow_bounds = None
+        if config.clip_flow_goals:
+            flow_bounds = clipping_bounds(example_batch['observation_min'], example_batch['observation_max'])
+        with_target = ['vector_field'] if encoder is None else ['vector_field', 'encoder']
+        return cls(
+            params=params,
+            target_params=common.copy_of({name: params[name] for name in with_target}),
+            opt_states=common.init_adam(params, config),
+            flow_bounds=flow_bounds,
+            networks=networks,
+            config=config,
+        )
+
+
+AGENT = InFOMAgent  # What `agents.load` hands to the training loop.
+
+
+def validate_config(config):
+    """Raises UserError for values that no InFOM run can have."""
+    for name, choices in {'q_agg': ('min', 'mean'), 'critic_latent_type': ('prior', 'encoding')}.items():
+        if config[name] not in choices:
+            raise UserError(f'agent.{name}={config[name]!r}: expected one of {", ".join(choices)}')
+    for name in ('latent_dim', 'num_flow_goals', 'num_flow_steps'):
+        if config[name] < 1:
+            raise UserError(f'agent.{name}={config[name]}: expected at least 1')
+    if config.clip_flow_goals and config.encoder is not None:
+        raise UserError(
+            'agent.clip_flow_goals=True with an encoder: features have no observed range to clip to; set --agent.clip_flow_goals=False'
+        )
+
+
+def get_config():
+    """The defaults; per-task published values come from `utils/presets.py`."""
+    return ml_collections.ConfigDict(
+        dict(
+            agent_name='infom',
+            lr=3e-4,  # Adam learning rate.
+            actor_lr=ml_collections.config_dict.placeholder(float),  # The actor's own learning rate; None: lr.
+            batch_size=256,
+            intention_encoder_hidden_dims=(512, 512, 512, 512),
+            actor_hidden_dims=(512, 512, 512, 512),
+            value_hidden_dims=(512, 512, 512, 512),  # Critic and vector field.
+            reward_hidden_dims=(512, 512, 512, 512),
+            intention_encoder_layer_norm=True,
+            value_layer_norm=True,  # Critic and vector field; without it long fine-tuning is known to collapse.
+            actor_layer_norm=False,
+            reward_layer_norm=True,
+            latent_dim=512,  # Z.
+            discount=0.99,  # γ.
+            tau=0.005,  # Rate of the target networks' moving average.
+            expectile=0.9,  # μ of the critic's expectile loss.
+            kl_weight=0.01,  # λ; the KL term is a mean over Z.
+            alpha=10.0,  # Weight of behavioural cloning in the actor loss; tuned per task.
+            q_agg='min',  # Aggregation of the two critics in the actor loss: min or mean.
+            critic_latent_type='prior',  # Intentions of the critic's targets: prior N(0, I), or encoding q(z|s',a').
+            num_flow_goals=16,  # N, futures per row in the critic's target.
+            num_flow_steps=10,  # Euler steps.
+            clip_flow_goals=True,  # Clip flow samples to the observed range after each step (states only).
+            normalize_q_loss=False,  # Divide the actor's Q term by its mean magnitude.
+            actor_freq=4,  # Fine-tuning steps per actor update.
+            const_std=True,  # Policy standard deviation fixed at 1; else a learned vector.
+            encoder=ml_collections.config_dict.placeholder(str),  # Image encoder (utils/encoders.py); None: states.
+        )
+    )

@@ -1,0 +1,160 @@
+"""Trajectories as arrays, and batches drawn from them by pure functions of a key.
+
+A `Dataset` keeps every row of every episode once, the final state included; next observations, next actions and frame stacks are indices
+into it. `sample` runs on the device inside the compiled training chunk. Reading files and labelling rewards happen in `envs/`.
+"""
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from utils.errors import UserError
+
+ACTION_LIMIT = 1.0 - 1e-5  # Data set actions are clipped to ±this, so that a squashed policy can reach them.
+CROP_PADDING = 3  # Pixels of edge replication around an image before its random crop.
+
+
+class Dataset(flax.struct.PyTreeNode):
+    """Rows of all episodes and the indices that give them structure.
+
+    observations (rows, D) float32, normalised, or (rows, H, W, C) uint8; actions (rows, A) float32; starts, ends (rows,) int32: first and
+    last row of the row's episode; transition_rows (T,) int32: rows that have a next state; next_action_rows: those whose next row has an
+    action too. rewards and masks (rows,) float32 exist in labelled sets only. reward_at says which state a row's reward belongs to.
+    """
+
+    observations: jax.Array
+    actions: jax.Array
+    starts: jax.Array
+    ends: jax.Array
+    transition_rows: jax.Array
+    next_action_rows: jax.Array
+    rewards: jax.Array | None
+    masks: jax.Array | None
+    reward_at: str = flax.struct.field(pytree_node=False)
+    frame_stack: int = flax.struct.field(pytree_node=False)
+    p_aug: float = flax.struct.field(pytree_node=False)
+
+    @classmethod
+    def create(cls, raw, normalizer, *, reward_at='observations', frame_stack=1, p_aug=0.0) -> 'Dataset':
+        """From the row arrays of `envs.data.load_raw` (numpy); arrays stay on the host until `jax.device_put`.
+
+        Raises UserError where no episode is long enough for a next action, or rewards and masks do not come together.
+        """
+        terminals = raw['terminals'].astype(bool)
+        last_rows = np.flatnonzero(terminals)
+        if len(terminals) == 0 or not terminals[-1]:
+            raise UserError('the last row of a data set must be the end of an episode (terminals=1)')
+        lengths = np.diff(last_rows, prepend=-1)
+        ends = np.repeat(last_rows, lengths).astype(np.int32)
+        starts = np.repeat(last_rows - lengths + 1, lengths).astype(np.int32)
+        rows = np.arange(len(terminals), dtype=np.int32)
+        # The final row of an episode holds no action, so the transition into it has no next action.
+        next_action_rows = rows[rows + 1 < ends]
+        if len(next_action_rows) == 0:
+            raise UserError('no episode of the data set has two transitions: there is no next action to learn from')
+        if ('rewards' in raw) != ('masks' in raw):
+            raise UserError('a labelled data set needs both rewards and masks')
+        return cls(
+            observations=normalizer(raw['observations']),
+            actions=np.clip(raw['actions'], -ACTION_LIMIT, ACTION_LIMIT),
+            starts=starts,
+            ends=ends,
+            transition_rows=rows[rows < ends],
+            next_action_rows=next_action_rows,
+            rewards=raw.get('rewards'),
+            masks=raw.get('masks'),
+            reward_at=reward_at,
+            frame_stack=frame_stack,
+            p_aug=p_aug,
+        )
+
+    @property
+    def num_transitions(self) -> int:
+        return len(self.transition_rows)
+
+
+def gather_observations(dataset: Dataset, rows):
+    """Observations of `rows` (B,): (B, D), or images with `frame_stack` frames on the channel axis, oldest first: (B, H, W, F·C).
+
+    Frames before the start of the episode repeat its first one.
+    """
+    if dataset.frame_stack == 1:
+        return dataset.observations[rows]
+    offsets = jnp.arange(dataset.frame_stack - 1, -1, -1, dtype=rows.dtype)
+    stacked_rows = jnp.maximum(rows[:, None] - offsets, dataset.starts[rows][:, None])  # (B, F)
+    frames = jnp.moveaxis(dataset.observations[stacked_rows], 1, -2)  # (B, H, W, F, C)
+    return frames.reshape(*frames.shape[:-2], -1)
+
+
+def sample_rows(dataset: Dataset, key, batch_size: int, needs=frozenset()):
+    """Rows (B,) uniform over transitions; over those with a next action where `needs` has `next_actions`."""
+    pool = dataset.next_action_rows if 'next_actions' in needs else dataset.transition_rows
+    return pool[jax.random.randint(key, (batch_size,), 0, len(pool))]
+
+
+def gather_batch(dataset: Dataset, rows, needs=frozenset()):
+    """The batch of transitions at `rows`: observations, actions, next_observations, masks, and what `needs` and labels add.
+
+    Labelled sets give rewards, masks and reward_observations (the state s̃ that the reward belongs to); reward-free ones give masks of 1 and
+    nothing of the reward.
+    """
+    batch = {
+        'observations': gather_observations(dataset, rows),
+        'actions': dataset.actions[rows],
+        'next_observations': gather_observations(dataset, rows + 1),
+    }
+    if 'next_actions' in needs:
+        batch['next_actions'] = dataset.actions[rows + 1]
+    if dataset.rewards is None:
+        batch['masks'] = jnp.ones(rows.shape, jnp.float32)
+    else:
+        batch.update(rewards=dataset.rewards[rows], masks=dataset.masks[rows])
+        # The very same array, so that XLA encodes an image once.
+        batch['reward_observations'] = batch[dataset.reward_at]
+    return batch
+
+
+def random_crop(images, offsets):
+    """Pads images (B, H, W, C) by edge replication and crops them back to H × W at `offsets` (B, 2) in [0, 2·CROP_PADDING]."""
+    padding = ((0, 0), (CROP_PADDING, CROP_PADDING), (CROP_PADDING, CROP_PADDING), (0, 0))
+    padded = jnp.pad(images, padding, mode='edge')
+
+    def crop(image, offset):
+        return jax.lax.dynamic_slice(image, (offset[0], offset[1], 0), images.shape[1:])
+
+    return jax.vmap(crop)(padded, offsets)
+
+
+def augment(batch, key, p_aug: float, reward_at: str):
+    """With probability `p_aug` for the whole batch, crops each row's images at a random offset, the same for s, s' and stacked frames."""
+    gate_key, offset_key = jax.random.split(key)
+    batch_size = batch['actions'].shape[0]
+    offsets = jax.random.randint(offset_key, (batch_size, 2), 0, 2 * CROP_PADDING + 1)
+    # The centre offset is the identity, which spares a branch on the gate.
+    offsets = jnp.where(jax.random.uniform(gate_key) < p_aug, offsets, CROP_PADDING)
+    batch = {**batch, **{k: random_crop(batch[k], offsets) for k in ('observations', 'next_observations')}}
+    if 'reward_observations' in batch:
+        batch['reward_observations'] = batch[reward_at]
+    return batch
+
+
+def sample(dataset: Dataset, key, batch_size: int, needs=frozenset()):
+    """A batch of `batch_size` transitions: a pure, jit-able function of (dataset, key). See `gather_batch` for its entries."""
+    rows_key, augmentation_key = jax.random.split(key)
+    batch = gather_batch(dataset, sample_rows(dataset, rows_key, batch_size, needs), needs)
+    if dataset.p_aug > 0 and dataset.observations.dtype == jnp.uint8:
+        batch = augment(batch, augmentation_key, dataset.p_aug, dataset.reward_at)
+    return batch
+
+
+def example_batch(dataset: Dataset):
+    """One row in the form that agents are created from, with the observed range of each feature for states.
+
+    observations (1, …), actions (1, A), and observation_min, observation_max (D,) of all rows, final states included.
+    """
+    batch = gather_batch(dataset, np.zeros(1, np.int32), frozenset({'next_actions'}))
+    if dataset.observations.dtype != np.uint8:
+        batch['observation_min'] = dataset.observations.min(axis=0)
+        batch['observation_max'] = dataset.observations.max(axis=0)
+    return jax.tree.map(jnp.asarray, batch)

@@ -1,0 +1,155 @@
+"""Flax modules that the agents are made of: MLPs, Gaussian heads, ensembled critics and the flow's vector field.
+
+Only parameters and forward passes live here; losses belong to `agents/`, ODE integration to `utils/flows.py`, image encoders to
+`utils/encoders.py`. Shapes in comments: B batch, N samples per row, D state features, A action dimensions, Z latent dimensions, H hidden width.
+"""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+LAYER_NORM_EPSILON = 1e-6
+
+
+def kernel_init(scale: float = 1.0):
+    """Glorot uniform (variance scaling, fan average), the initialiser of every kernel; `scale` 0.01 is the actor's mean head."""
+    return nn.initializers.variance_scaling(scale, 'fan_avg', 'uniform')
+
+
+class MLP(nn.Module):
+    """Dense → GELU → (LayerNorm) for each hidden layer; with `output_dim`, one plain Dense on top."""
+
+    hidden_dims: Sequence[int]
+    output_dim: int | None = None
+    layer_norm: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        for width in self.hidden_dims:
+            x = nn.gelu(nn.Dense(width, kernel_init=kernel_init())(x))
+            if self.layer_norm:
+                x = nn.LayerNorm(epsilon=LAYER_NORM_EPSILON)(x)
+        if self.output_dim is not None:
+            x = nn.Dense(self.output_dim, kernel_init=kernel_init())(x)
+        return x
+
+
+class ScalarHead(nn.Module):
+    """A function of concatenated inputs to one number per row, behind an optional image encoder on the first input.
+
+    With `num_ensembles` ≥ 2 the MLPs are vmapped modules with separate parameters and the output gains a leading axis:
+    (num_ensembles, B); the encoder in front is shared by the members. With `num_ensembles` 1 the output is (B,).
+    """
+
+    hidden_dims: Sequence[int]
+    layer_norm: bool = True
+    num_ensembles: int = 1
+    encoder: nn.Module | None = None
+
+    @nn.compact
+    def __call__(self, observations, *inputs):
+        if self.encoder is not None:
+            observations = self.encoder(observations)
+        x = jnp.concatenate([observations, *inputs], axis=-1)
+        mlp = MLP
+        if self.num_ensembles > 1:
+            mlp = nn.vmap(
+                MLP,
+                variable_axes={'params': 0},
+                split_rngs={'params': True},
+                in_axes=None,
+                out_axes=0,
+                axis_size=self.num_ensembles,
+            )
+        return mlp(self.hidden_dims, 1, self.layer_norm)(x).squeeze(-1)
+
+
+class GaussianActor(nn.Module):
+    """Gaussian policy with a state-independent standard deviation: returns mean (B, A) and std, broadcastable to the mean.
+
+    `const_std` fixes the standard deviation at 1; otherwise log std is a learned vector clipped to [−5, 2].
+    """
+
+    action_dim: int
+    hidden_dims: Sequence[int]
+    layer_norm: bool = False
+    const_std: bool = True
+    encoder: nn.Module | None = None
+
+    @nn.compact
+    def __call__(self, observations):
+        if self.encoder is not None:
+            observations = self.encoder(observations)
+        features = MLP(self.hidden_dims, layer_norm=self.layer_norm)(observations)
+        means = nn.Dense(self.action_dim, kernel_init=kernel_init(0.01), name='mean')(features)
+        if self.const_std:
+            return means, jnp.ones_like(means)
+        log_stds = self.param('log_std', nn.initializers.zeros, (self.action_dim,))
+        return means, jnp.broadcast_to(jnp.exp(jnp.clip(log_stds, -5.0, 2.0)), means.shape)
+
+
+class IntentionEncoder(nn.Module):
+    """q(z | s', a'): a diagonal Gaussian over latent intentions; returns mean and log std, both (B, Z).
+
+    log std is clipped to [−10, 2] so that the KL term cannot overflow.
+    """
+
+    latent_dim: int
+    hidden_dims: Sequence[int]
+    layer_norm: bool = True
+    encoder: nn.Module | None = None
+
+    @nn.compact
+    def __call__(self, observations, actions):
+        if self.encoder is not None:
+            observations = self.encoder(observations)
+        features = MLP(self.hidden_dims, layer_norm=self.layer_norm)(jnp.concatenate([observations, actions], axis=-1))
+        means = nn.Dense(self.latent_dim, kernel_init=kernel_init(), name='mean')(features)
+        log_stds = nn.Dense(self.latent_dim, kernel_init=kernel_init(), name='log_std')(features)
+        return means, jnp.clip(log_stds, -10.0, 2.0)
+
+
+class VectorField(nn.Module):
+    """The flow's velocity v(x_t, t, s, a, z): an MLP on the concatenation [x_t, t, s, a, z], evaluated in two parts.
+
+    Its first layer is linear in its input, so the [s, a, z] part, constant along the ODE and over the samples of a row, is computed once
+    by `condition` and added at every evaluation. The parameters and the function are exactly those of the plain concatenated MLP
+    (`tests/test_flows.py`): `first_kernel` has the rows of x_t (D), t (1), then s, a, z (`condition_dim`).
+    """
+
+    output_dim: int
+    condition_dim: int
+    hidden_dims: Sequence[int]
+    layer_norm: bool = True
+
+    def setup(self):
+        input_dim = self.output_dim + 1 + self.condition_dim
+        self.first_kernel = self.param('first_kernel', kernel_init(), (input_dim, self.hidden_dims[0]))
+        self.first_bias = self.param('first_bias', nn.initializers.zeros, (self.hidden_dims[0],))
+        if self.layer_norm:
+            self.first_norm = nn.LayerNorm(epsilon=LAYER_NORM_EPSILON)
+        self.rest = MLP(self.hidden_dims[1:], self.output_dim, self.layer_norm)
+
+    def condition(self, *conditions):
+        """The first layer's constant part for conditions s, a, (z), each (B, ·): (B, H)."""
+        kernel = self.first_kernel[self.output_dim + 1 :]
+        return jnp.concatenate(conditions, axis=-1) @ kernel + self.first_bias
+
+    def __call__(self, x, times, condition):
+        """Velocity at x (…, D) and times (…, 1) or a scalar, given `condition` (…, H), broadcast against x."""
+        h = x @ self.first_kernel[: self.output_dim] + times * self.first_kernel[self.output_dim] + condition
+        h = nn.gelu(h)
+        if self.layer_norm:
+            h = self.first_norm(h)
+        return self.rest(h)
+
+    def init_all(self, x, times, *conditions):
+        """Runs both parts, so that one `init` creates every parameter."""
+        return self(x, times, self.condition(*conditions))
+
+
+def gaussian_log_prob(means, stds, x):
+    """log N(x; means, diag stds²), summed over the last axis: (…, A) → (…)."""
+    return jax.scipy.stats.norm.logpdf(x, means, stds).sum(axis=-1)
