@@ -1,0 +1,51 @@
+"""The whole protocol in one command: reward-free pre-training, then fine-tuning on one labelled task, with evaluations and checkpoints.
+
+    python main.py --env_name=cube-single-play-singletask-task1-v0 [--agent=agents/infom.py --agent.alpha=30] [--preset=small]
+
+The same command again resumes the run from its own directory. `pretrain.py` and `finetune.py` are the two phases by themselves.
+"""
+
+import functools
+import os
+
+from absl import flags
+
+import envs
+from utils import cli
+from utils.flags import define_flags, resolve_settings, set_up_jax
+
+FLAGS = flags.FLAGS
+
+
+def make_experiment(phases=('pretraining', 'finetuning')):
+    """The run that the command line asks for: flags → settings → data, environments and the directory of one `Experiment`."""
+    config = set_up_jax(resolve_settings(FLAGS, phases))
+    # After the flags are checked: these bring JAX in, which takes seconds.
+    from envs.data import load_raw
+    from utils.evaluation import Evaluator, record_video
+    from utils.experiment import Experiment
+
+    workers = config.eval_workers or len(os.sched_getaffinity(0))
+    make_env = functools.partial(envs.make_env, config.env_name, config.seed)
+    make_rendering_env = functools.partial(make_env, render_mode='rgb_array')
+    return Experiment(
+        config,
+        envs.task_spec(config.env_name),
+        load_raw=lambda phase, split, size: load_raw(config.env_name, phase, split, config.dataset_dir, size),
+        make_evaluator=(lambda: Evaluator(make_env, workers)) if config.eval_episodes else None,
+        record_video=lambda policy, path: record_video(
+            make_rendering_env, policy, path, num_episodes=config.video_episodes, seed=config.seed
+        ),
+        first_phase=phases[0],
+    )
+
+
+def main(_):
+    with make_experiment() as experiment:
+        experiment.pretrain()
+        experiment.finetune()
+
+
+if __name__ == '__main__':
+    define_flags()
+    cli.run(main)

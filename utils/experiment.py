@@ -1,0 +1,351 @@
+"""One training run, from its directory on disk to its summary: what the three entry points are made of.
+
+`Experiment` decides when to train, log, evaluate and save, and composes the modules that do each: compiled chunks (`training`), batches
+(`datasets`), checkpoints, metrics, evaluation. It imports no simulator: environments and raw data come in as functions.
+
+Where a run starts is settled in one place, `start`, in this order:
+  1. the run directory's own latest checkpoint (the same command again resumes);
+  2. `--restore_path`;
+  3. scratch.
+"""
+
+import contextlib
+import signal
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from tqdm import tqdm
+
+import agents as agent_registry
+from utils import checkpoints, datasets, resume, runs, training
+from utils.errors import TrainingDiverged, UserError
+from utils.normalizers import Normalizer
+from utils.wandb_sink import WandbSink
+
+
+class Experiment:
+    """A run of `seeds` seeds, trained side by side; use as a context manager.
+
+    config: `flags.RunConfig`. task: `envs.TaskSpec`. load_raw(phase, split, max_transitions) → raw arrays. make_evaluator() →
+    `evaluation.Evaluator`. record_video(policy, path) writes one file; the last two may be None for runs that do not evaluate.
+    """
+
+    def __init__(self, config, task, *, load_raw, make_evaluator=None, record_video=None, first_phase='pretraining'):
+        self.config, self.task = config, task
+        self._load_raw, self._make_evaluator, self._record_video = load_raw, make_evaluator, record_video
+        self._first_phase = first_phase
+        self.seeds = list(range(config.seed, config.seed + config.num_seeds))
+        self.agents = self.normalizer = self._evaluator = None
+        self.phase, self.phase_step = 'pretraining', 0
+        self.offset = 0  # Steps of the phases before this one: step = offset + phase_step.
+        self.fingerprints = {}
+        self._partial = []  # Means of the chunks since the last log line.
+        self._last_checkpoint = None
+        self._last_return = None
+        self._evaluation_due = False
+        self._stop_signal = None
+        self._began, self._wall_before = time.monotonic(), 0.0
+        self._resources = contextlib.ExitStack()
+
+    # ----------------------------------------------------------------------------------------------------- entering and leaving
+
+    def __enter__(self):
+        config = self.config
+        with self._resources as resources:
+            self.directory = runs.make_run_directory(config.save_dir, config.run_group, config.run_name)
+            lock = runs.lock_run_directory(self.directory)
+            if lock is not None:
+                resources.enter_context(lock)
+            self.log = resources.enter_context(runs.MetricsLog(self.directory / 'metrics.jsonl'))
+            self.writer = resources.enter_context(checkpoints.CheckpointWriter(self.directory / 'checkpoints'))
+            for number in (signal.SIGTERM, signal.SIGINT):
+                resources.callback(signal.signal, number, signal.signal(number, self._on_signal))
+            self._start()
+            self.wandb = WandbSink(
+                self.directory, config.wandb_mode, group=config.run_group, name=config.run_name, config=config.to_dict()
+            )
+            resources.callback(self.wandb.finish)
+            self._resources = resources.pop_all()  # Nothing failed: all of it stays open.
+        return self
+
+    def __exit__(self, error_type, *_):
+        with self._resources:
+            if error_type is None:
+                self.writer.wait()
+                runs.write_summary(self.directory)
+                logging.info('done: %s', self.directory / 'summary.json')
+
+    def _on_signal(self, number, frame):
+        if self._stop_signal == signal.SIGINT:  # A second Ctrl-C does not wait for the chunk to end.
+            raise KeyboardInterrupt
+        self._stop_signal = number
+
+    # ---------------------------------------------------------------------------------------------------------------- starting
+
+    def _start(self):
+        """Restores or creates the agents, in the order at the head of this file."""
+        config, first_phase = self.config, self._first_phase
+        own = checkpoints.latest_step(self.directory / 'checkpoints')
+        meta = None
+        if own is not None:
+            origin, path = 'this run’s own checkpoint', self.directory / 'checkpoints' / str(own)
+            meta = checkpoints.load_meta(path)
+            resume.check_same_run(self.directory, config)
+        elif config.restore_path is not None:
+            origin, path = '--restore_path', checkpoints.resolve(Path(config.restore_path), phase='pretraining')
+            meta = checkpoints.load_meta(path)
+            if meta['phase'] != 'pretraining':
+                raise UserError(f'{path} is a checkpoint of fine-tuning: --restore_path takes one of pre-training')
+        elif first_phase == 'finetuning':
+            raise UserError('fine-tuning needs a pre-trained run: give --restore_path=<directory of a pretrain.py or main.py run>')
+        else:
+            origin, path = 'scratch', None
+        if meta is not None:
+            resume.check_compatible(meta, self.task, config, path)
+            self.normalizer = Normalizer.from_dict(meta['normalizer'])
+            self.phase, self.phase_step, self.offset = meta['phase'], meta['phase_step'], meta['offset']
+            self._last_checkpoint = path
+        self.log.truncate(meta['metrics_lines'] if own is not None else 0)
+        if own is not None:
+            self._partial, self._wall_before = meta['partial_metrics'], meta['wall_seconds']
+            self._evaluation_due = meta['evaluation_due']
+        self.finished_pretraining = self.phase == 'finetuning' or first_phase == 'finetuning'
+
+        # The phase that comes next decides which data the template agent is made from; restored values replace all of it.
+        self._data = self._load_phase('finetuning' if self.finished_pretraining else 'pretraining')
+        if own is not None:
+            resume.check_same_data(meta['data'], self.fingerprints, self.directory)
+            self.fingerprints = {**meta['data'], **self.fingerprints}
+        agent_class = agent_registry.load(config.agent_name).AGENT
+        example = datasets.example_batch(self._data[1])
+        self.agents = training.create_agents(agent_class, self.seeds, example, config.agent)
+        if path is not None:
+            self.agents = checkpoints.restore(path, self.agents)
+        self._start_info = {'origin': origin, 'checkpoint': None if path is None else str(path)}
+        self._write_config()
+        for line in config.describe().splitlines():
+            logging.info('%s', line)
+        logging.info('run directory: %s', self.directory)
+        logging.info('start: %s%s, %s step %d', origin, f' ({path})' if path else '', self.phase, self.phase_step)
+
+    def _write_config(self):
+        runs.write_json(
+            self.directory / 'config.json',
+            {
+                **self.config.to_dict(),
+                'start': self._start_info,
+                'data': self.fingerprints,
+                'environment': runs.environment_info(),
+            },
+        )
+
+    def _load_phase(self, phase):
+        """(phase, training set, validation set) on the device; fits the normaliser if there is none yet."""
+        config = self.config
+        size = config.pretraining_size if phase == 'pretraining' else config.finetuning_size
+        raw = {}
+        for split in ('train', 'val'):
+            raw[split] = self._load_raw(phase, split, size if split == 'train' else None)
+            self.fingerprints[f'{phase}/{split}'] = raw[split]['source']
+        if self.normalizer is None:
+            fit_on = raw['train'] if phase == 'pretraining' else self._load_raw('pretraining', 'train', config.pretraining_size)
+            self.normalizer = Normalizer.fit(fit_on['observations'], config.obs_norm_type)
+        options = {'reward_at': self.task.reward_at, 'frame_stack': config.frame_stack}
+        sets = [
+            datasets.Dataset.create(raw['train'], self.normalizer, p_aug=config.p_aug, **options),
+            datasets.Dataset.create(raw['val'], self.normalizer, **options),
+        ]
+        logging.info('%s data: %d transitions, validation %d', phase, *(dataset.num_transitions for dataset in sets))
+        return (phase, *sets)
+
+    # ---------------------------------------------------------------------------------------------------------------- the phases
+
+    def pretrain(self):
+        """Reward-free pre-training up to `pretraining_steps`; ends with a checkpoint that is kept."""
+        if self.finished_pretraining:
+            return
+        self._train('pretraining', self.config.pretraining_steps)
+        self.finished_pretraining = True
+
+    def finetune(self):
+        """Fine-tuning up to `finetuning_steps`, evaluated before the first step, at every `eval_interval`, and at the end."""
+        total = self.config.finetuning_steps
+        if self.phase == 'finetuning' and self.phase_step >= total and not self._evaluation_due:
+            logging.info('this run is complete at step %d: nothing to train', self.offset + self.phase_step)
+            return
+        if self._data[0] != 'finetuning':
+            self._data = None  # Frees the pre-training data before the labelled data come in.
+            self._data = self._load_phase('finetuning')
+            self._write_config()  # Now with the fingerprints of the labelled data.
+        if self.phase != 'finetuning':
+            self.offset, self.phase, self.phase_step = self.phase_step, 'finetuning', 0
+            data = jax.device_put(self._data[1])
+            keys = training.stream_keys(self.seeds, 'begin_finetuning')
+            self.agents = training.begin_finetuning(self.agents, data, keys)
+            self._evaluation_due = True
+        if self._evaluation_due and not self._evaluate():
+            self._stop()  # What led here is on disk already.
+        self._train('finetuning', total)
+
+    def _train(self, phase, total):
+        """The loop: dispatch a chunk, then look at the metrics of the one before it while the device is busy."""
+        config = self.config
+        if self.phase_step >= total:
+            return
+        dataset, validation = jax.device_put(self._data[1]), jax.device_put(self._data[2])
+        keys = training.stream_keys(self.seeds, phase)
+        validation_keys = training.stream_keys(self.seeds, 'validation')
+        n = config.chunk_size
+        chunk, seconds = training.compile_chunk(self.agents, dataset, keys, phase=phase, n=n)
+        logging.info('%s: compiled a chunk of %d updates in %.1f s', phase, n, seconds)
+        bar = tqdm(total=total, initial=self.phase_step, desc=phase, unit='update', dynamic_ncols=True, smoothing=0.1)
+        in_flight = None  # (end step, device metrics, validation metrics or None) of the chunk that is running.
+        self._interval_began, self._paused = time.perf_counter(), 0.0
+        with bar:
+            while self.phase_step < total:
+                self.agents, metrics = chunk(self.agents, dataset, keys, jnp.int32(self.phase_step))
+                self.phase_step += n
+                if in_flight is not None:
+                    self._collect(*in_flight, bar)
+                logs, saves = self.phase_step % config.log_interval == 0, self.phase_step % config.save_interval == 0
+                evaluates = phase == 'finetuning' and self.phase_step % config.eval_interval == 0
+                ends = self.phase_step >= total
+                validated = None
+                if logs or ends:  # Before the next chunk: it is given the agents' buffers.
+                    validated = training.validation_metrics(
+                        self.agents, validation, validation_keys, jnp.int32(self.phase_step), phase=phase
+                    )
+                in_flight = (self.phase_step, metrics, validated)
+                if evaluates or saves or ends or self._stop_signal:
+                    self._collect(*in_flight, bar)
+                    in_flight = None
+                    paused = time.perf_counter()
+                    due = phase == 'finetuning' and (evaluates or ends) and not self._evaluate()
+                    if saves or ends or self._stop_signal:
+                        self._save(keep=ends, evaluation_due=due)
+                    self._paused += time.perf_counter() - paused
+                    if self._stop_signal:
+                        self._stop()
+
+    def _collect(self, end_step, metrics, validated, bar):
+        """Fetches one chunk's metrics, stops on NaN, and writes a log line where an interval ends."""
+        metrics = jax.device_get(metrics)
+        self._check_finite(metrics)
+        self._partial.append({name: np.asarray(mean, np.float64).tolist() for name, (mean, _) in metrics.items()})
+        bar.update(end_step - bar.n)
+        if validated is None:
+            return
+        validated = jax.device_get(validated)
+        now = time.perf_counter()
+        updates_per_second = len(self._partial) * self.config.chunk_size / max(now - self._interval_began - self._paused, 1e-9)
+        self._interval_began, self._paused = now, 0.0
+        speed = {
+            'time/updates_per_second': updates_per_second,
+            'time/seed_updates_per_second': updates_per_second * len(self.seeds),
+        }
+        lines = [
+            {f'training/{name}': float(np.mean([chunk[name][i] for chunk in self._partial])) for name in self._partial[0]}
+            | {f'validation/{name}': float(values[i]) for name, values in validated.items()}
+            | speed
+            for i in range(len(self.seeds))
+        ]
+        self._write(self.offset + end_step, self.phase, lines)
+        self._partial = []
+        bar.set_postfix(
+            {'updates/s': f'{updates_per_second:.0f}'} | ({} if self._last_return is None else {'return': self._last_return})
+        )
+
+    def _write(self, step, phase, lines):
+        """One line of metrics for each seed, and a copy to wandb."""
+        for seed, line in zip(self.seeds, lines, strict=True):
+            self.log.write(step, phase, seed, {**line, runs.WALL_TIME_KEY: self._wall_seconds})
+        self.wandb.log_seeds(step, dict(zip(self.seeds, lines, strict=True)))
+
+    @property
+    def _wall_seconds(self):
+        """Running time of the run so far, earlier starts included."""
+        return self._wall_before + time.monotonic() - self._began
+
+    def _check_finite(self, metrics):
+        bad = {
+            name: int(first[first >= 0].min()) for name, (_, first) in metrics.items() if np.any(np.asarray(first) >= 0)
+        }
+        if not bad:
+            return
+        step = min(bad.values())
+        names = ', '.join(sorted(name for name, first in bad.items() if first == step))
+        seeds = [s for i, s in enumerate(self.seeds) if any(first[i] >= 0 for _, first in metrics.values())]
+        last = 'none was written yet' if self._last_checkpoint is None else str(self._last_checkpoint)
+        message = (
+            f'{self.phase} diverged at step {self.offset + step + 1} (seeds {seeds}): training/{names} is not finite; '
+            f'last good checkpoint: {last}'
+        )
+        if self.config.nan_policy == 'stop':
+            raise TrainingDiverged(message)
+        logging.warning('%s; --nan_policy=warn: training goes on', message)
+
+    # ------------------------------------------------------------------------------------------------ evaluating, saving, stopping
+
+    def _evaluate(self) -> bool:
+        """Evaluates every seed and logs it; False if a stop signal cut it short, and the evaluation is still due."""
+        if self._make_evaluator is None:
+            return True
+        if self._evaluator is None:
+            self._evaluator = self._resources.enter_context(contextlib.closing(self._make_evaluator()))
+        policy = training.make_policy(self.agents, self.normalizer, self.seeds)
+        step = self.offset + self.phase_step
+        results = self._evaluator.evaluate(
+            policy,
+            num_seeds=len(self.seeds),
+            seeds=self.seeds,
+            num_episodes=self.config.eval_episodes,
+            eval_index=step,
+            should_stop=lambda: self._stop_signal is not None,
+        )
+        if results is None:
+            return False
+        self._write(step, 'finetuning', [{f'evaluation/{k}': v for k, v in result.items()} for result in results])
+        means = {name: float(np.mean([result[name] for result in results])) for name in results[0]}
+        self._last_return = f'{means["episode.return"]:.1f}'
+        logging.info('evaluation at step %d: %s', step, ', '.join(f'{name} {value:.2f}' for name, value in means.items()))
+        if self.config.video_episodes > 0:
+            path = self.directory / 'videos' / f'step_{step}.mp4'
+            self._record_video(lambda observation: policy(observation[None])[0, 0], path)
+            self.wandb.log_video(step, path)
+        return True
+
+    def _save(self, *, keep, evaluation_due=False):
+        step = self.offset + self.phase_step
+        meta = {
+            'format_version': checkpoints.FORMAT_VERSION,
+            'phase': self.phase,
+            'phase_step': self.phase_step,
+            'offset': self.offset,
+            'step': step,
+            'env_name': self.task.name,
+            'domain': self.task.domain,
+            'agent_name': self.config.agent_name,
+            'agent_config': self.config.to_dict()['agent'],
+            'normalizer': self.normalizer.to_dict(),
+            'data': self.fingerprints,
+            'seed': self.config.seed,
+            'num_seeds': self.config.num_seeds,
+            'evaluation_due': evaluation_due,
+            'metrics_lines': self.log.lines,
+            'partial_metrics': self._partial,
+            'wall_seconds': self._wall_seconds,
+        }
+        self.writer.save(step, self.agents, meta, keep=keep)
+        self._last_checkpoint = self.directory / 'checkpoints' / str(step)
+
+    def _stop(self):
+        """After SIGTERM or Ctrl-C: the checkpoint is on disk before the process ends."""
+        self.writer.wait()
+        name = signal.Signals(self._stop_signal).name
+        step = self.offset + self.phase_step
+        print(f'{name}: stopped at step {step} of {self.directory}; run the same command again to resume', flush=True)
+        raise SystemExit(0)
