@@ -1,0 +1,256 @@
+"""Updates per second of an agent's compiled training loop, side by side with the host loop that the field uses.
+
+    python -m benchmarks.throughput --agent=infom --preset=paper [--env_name=cube-single-play-singletask-task1-v0]
+
+Both loops get the same synthetic data of the task's shapes and take turns (ours, host, ours, host, …), so that whatever
+else the machine does meets both. Prints a table, then, as the last line, one JSON object; a ratio is the host loop's
+time over ours, the median over the pairs of turns. No simulator and no data file is needed. The host loop and its
+losses are in `benchmarks/host_loop.py`.
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from absl import flags
+from tqdm import tqdm
+
+import agents
+import envs
+from benchmarks import host_loop
+from utils import cli, presets, training
+from utils.datasets import Dataset, example_batch
+from utils.errors import UserError
+from utils.flows import clipping_bounds
+from utils.normalizers import Normalizer
+
+# Agents that have a host loop to be compared with.
+HOST_LOOPS = {'infom': host_loop}
+PHASES = ('pretraining', 'finetuning')
+JSON_PREFIX = {'pretraining': 'pretrain', 'finetuning': 'finetune'}
+EPISODE_LENGTH = 1000
+
+flags.DEFINE_string('agent', 'infom', f'agent to measure: {", ".join(HOST_LOOPS)}')
+flags.DEFINE_string('env_name', 'cube-single-play-singletask-task1-v0', 'task whose shapes and settings are used')
+flags.DEFINE_enum('preset', 'paper', list(presets.PRESETS), 'sizes of the networks')
+flags.DEFINE_integer('updates', 32, 'pre-training updates in each turn of a loop', lower_bound=1)
+flags.DEFINE_integer(
+    'finetuning_updates', 8, 'the same for fine-tuning; rounded up to whole actor periods', lower_bound=1
+)
+flags.DEFINE_integer('repeats', 7, 'turns of each loop in each phase', lower_bound=1)
+flags.DEFINE_integer('rows', 100_000, 'rows of the synthetic data', lower_bound=10)
+
+
+@dataclasses.dataclass
+class Loop:
+    """`run()` makes `updates` updates and waits for them; `first_seconds`: the first turn, compilation included."""
+
+    run: Callable[[], None]
+    updates: int
+    first_seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What both loops train on: the config, raw rows (numpy), their normaliser, and one example batch."""
+
+    agent_class: type
+    config: ml_collections.FrozenConfigDict
+    raw: dict
+    normalizer: Normalizer
+    reward_at: str
+
+    def dataset(self, phase):
+        labels = () if phase == 'finetuning' else ('rewards', 'masks')
+        raw = {name: rows for name, rows in self.raw.items() if name not in labels}
+        return Dataset.create(raw, self.normalizer, reward_at=self.reward_at)
+
+    @property
+    def example(self):
+        return example_batch(self.dataset('pretraining'))
+
+
+def synthetic_rows(rows: int, observation_dim: int, action_dim: int, seed: int = 0):
+    """Random states, actions, rewards and masks in episodes of `EPISODE_LENGTH`, as `envs.data.load_raw` gives rows."""
+    rng = np.random.default_rng(seed)
+    terminals = np.arange(1, rows + 1) % EPISODE_LENGTH == 0
+    terminals[-1] = True
+    return {
+        'observations': rng.normal(size=(rows, observation_dim)).astype(np.float32),
+        'actions': rng.uniform(-0.9, 0.9, (rows, action_dim)).astype(np.float32),
+        'terminals': terminals,
+        'rewards': rng.choice(np.float32([-1, 0]), rows),
+        'masks': np.ones(rows, np.float32),
+    }
+
+
+def make_problem(agent: str, env_name: str, preset: str, rows: int) -> Problem:
+    """The preset's networks and synthetic data of the task's shapes. Raises UserError for what cannot be measured."""
+    name, task = agents.resolve(agent), envs.task_spec(env_name)
+    if name not in HOST_LOOPS:
+        raise UserError(f'--agent={agent}: no host loop to compare it with; expected one of {", ".join(HOST_LOOPS)}')
+    if task.visual:
+        raise UserError(f'--env_name={env_name}: the host loop takes states only; give a task without visual-')
+    module = agents.load(name)
+    settings = presets.resolve(name, env_name, preset)
+    config = module.get_config()
+    config.update(settings.agent)
+    raw = synthetic_rows(rows, *task.observation_shape, task.action_size)
+    normalizer = Normalizer.fit(raw['observations'], settings.flags['obs_norm_type'])
+    return Problem(agent_class(module), ml_collections.FrozenConfigDict(config), raw, normalizer, task.reward_at)
+
+
+def agent_class(module):
+    """The agent's class of a module of `agents/`: the one with both updates."""
+    return next(
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and hasattr(value, 'pretrain') and hasattr(value, 'finetune')
+    )
+
+
+def timed(run) -> float:
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+def our_loop(problem: Problem, phase: str, updates: int, seed: int = 0) -> Loop:
+    """The agent in the compiled chunk of `utils/training.py`, data on the device."""
+    dataset = jax.device_put(problem.dataset(phase))
+    state = training.create_agents(problem.agent_class, [seed], problem.example, problem.config)
+    keys = training.stream_keys([seed], phase)
+    began = time.perf_counter()
+    chunk, _ = training.compile_chunk(state, dataset, keys, phase=phase, n=updates)
+    start = 0
+
+    def run():
+        nonlocal state, start
+        state, metrics = chunk(state, dataset, keys, jnp.int32(start))
+        start += updates
+        jax.block_until_ready((state, metrics))
+
+    run()
+    return Loop(run, updates, time.perf_counter() - began)
+
+
+def plain_loop(problem: Problem, phase: str, updates: int, seed: int = 0) -> Loop:
+    """The host loop, data in NumPy."""
+    dataset, example = problem.dataset(phase), problem.example
+    data = host_loop.row_arrays(dataset)
+    bounds = None
+    if problem.config.clip_flow_goals:
+        bounds = clipping_bounds(example['observation_min'], example['observation_max'])
+    dims = (example['observations'].shape[-1], example['actions'].shape[-1])
+    create = jax.jit(lambda key: host_loop.TrainState.create(key, *dims, problem.config, bounds))
+    state, rng, key, start = create(jax.random.key(seed)), np.random.default_rng(seed), jax.random.key(seed), 0
+
+    def run():
+        nonlocal state, start
+        step_key = jax.random.fold_in(key, start)
+        state, metrics = host_loop.train(state, data, rng, step_key, start, updates, phase)
+        start += updates
+        jax.block_until_ready((state, metrics))
+
+    return Loop(run, updates, timed(run))
+
+
+def measure(loops: dict[str, Loop], repeats: int, description: str):
+    """Milliseconds per update of each loop's turns: {name: (repeats,)}; the loops take turns."""
+    for loop in loops.values():
+        loop.run()  # The first turns after compilation find cold caches.
+    times = {name: [] for name in loops}
+    for _ in tqdm(range(repeats), desc=description, leave=False):
+        for name, loop in loops.items():
+            times[name].append(timed(loop.run) / loop.updates * 1e3)
+    return times
+
+
+def summarize(loops: dict[str, Loop], times):
+    """Medians of one phase's measurements, with the spread of the paired ratios."""
+    ratios = [host / ours for host, ours in zip(times['host'], times['ours'])]
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    compilation = {  # A first turn is compilation and the work of any turn.
+        name: max(0.0, loop.first_seconds - medians[name] * loop.updates / 1e3) for name, loop in loops.items()
+    }
+    return {
+        'ratio': statistics.median(ratios),
+        'ratio_min': min(ratios),
+        'ratio_max': max(ratios),
+        'ms': medians['ours'],
+        'host_ms': medians['host'],
+        'updates_per_second': 1e3 / medians['ours'],
+        'host_updates_per_second': 1e3 / medians['host'],
+        'compile_seconds': compilation['ours'],
+        'host_compile_seconds': compilation['host'],
+        'updates': loops['ours'].updates,
+    }
+
+
+def machine() -> dict:
+    """Processor, cores, how busy they were before the measurement, device and versions."""
+    model = platform.processor()
+    if Path('/proc/cpuinfo').exists():
+        lines = Path('/proc/cpuinfo').read_text(encoding='utf-8').splitlines()
+        model = next((line.split(':')[1].strip() for line in lines if line.startswith('model name')), model)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    return {
+        'device': jax.devices()[0].device_kind,
+        'platform': jax.default_backend(),
+        'processor': model,
+        'cores': cores,
+        'load_average': round(os.getloadavg()[0], 2) if hasattr(os, 'getloadavg') else None,
+        'versions': {
+            'python': platform.python_version(),
+            **{name: version(name) for name in ('jax', 'flax', 'optax', 'numpy')},
+        },
+    }
+
+
+def table(results) -> str:
+    lines = [
+        f'{"phase":<14}{"loop":<8}{"ms/update":>11}{"updates/s":>11}{"compile s":>11}{"ratio":>8}  range over pairs'
+    ]
+    for phase, result in results.items():
+        ratio = f'{result["ratio"]:8.2f}  {result["ratio_min"]:.2f}–{result["ratio_max"]:.2f}'
+        for loop, prefix, end in (('host', 'host_', ''), ('ours', '', ratio)):
+            columns = (result[prefix + name] for name in ('ms', 'updates_per_second', 'compile_seconds'))
+            lines.append(f'{phase:<14}{loop:<8}' + ''.join(f'{column:11.1f}' for column in columns) + end)
+    return '\n'.join(lines)
+
+
+def main(_):
+    values = flags.FLAGS
+    about = machine()
+    problem = make_problem(values.agent, values.env_name, values.preset, values.rows)
+    period = problem.config.actor_freq
+    updates = {'pretraining': values.updates, 'finetuning': -(-values.finetuning_updates // period) * period}
+    results = {}
+    for phase in PHASES:
+        loops = {'ours': our_loop(problem, phase, updates[phase]), 'host': plain_loop(problem, phase, updates[phase])}
+        results[phase] = summarize(loops, measure(loops, values.repeats, phase))
+
+    shapes = {k: problem.raw[k].shape[1] for k in ('observations', 'actions')}
+    print(
+        f'{agents.resolve(values.agent)}, preset {values.preset}, {values.env_name}: {shapes["observations"]} observation '
+        f'and {shapes["actions"]} action dimensions, batch {problem.config.batch_size}, one seed, {values.repeats} turns\n'
+        f'{about["cores"]} cores of {about["processor"]}, load {about["load_average"]}\n\n{table(results)}\n'
+    )
+    report = {'agent': values.agent, 'preset': values.preset, 'env_name': values.env_name, 'repeats': values.repeats}
+    for phase, result in results.items():
+        report.update({f'{JSON_PREFIX[phase]}_{name}': round(value, 4) for name, value in result.items()})
+    print(json.dumps({**report, **about}))
+
+
+if __name__ == '__main__':
+    cli.run(main)

@@ -1,0 +1,142 @@
+"""The benchmark compares like with like: the host loop's losses are the agent's, and the command prints what it promises.
+
+How fast anything is, is not tested here.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import host_loop
+from tests.tiny import ACTION_DIM, STATE_DIM, make_agent, make_batch, make_dataset, random_walks
+
+ROOT = Path(__file__).resolve().parents[1]
+TOLERANCE = 1e-4
+
+
+def host_params(agent):
+    """The agent's parameters under the host loop's names."""
+
+    def heads(params, mean, *others):
+        names = {mean: 'Dense_0', **{name: f'Dense_{i + 1}' for i, name in enumerate(others)}}
+        return {names.get(name, name): value for name, value in params.items()}
+
+    def plain_field(params):
+        rest, layers = params['rest'], len(agent.config.value_hidden_dims)
+        field = {'Dense_0': {'kernel': params['first_kernel'], 'bias': params['first_bias']}}
+        field |= {f'Dense_{i + 1}': rest[f'Dense_{i}'] for i in range(layers)}
+        if 'first_norm' in params:
+            field['LayerNorm_0'] = params['first_norm']
+            field |= {f'LayerNorm_{i + 1}': rest[f'LayerNorm_{i}'] for i in range(layers - 1)}
+        return field
+
+    params = agent.params
+    return {
+        'vector_field': plain_field(params['vector_field']),
+        'target_vector_field': plain_field(agent.target_params['vector_field']),
+        'intention_encoder': heads(params['intention_encoder'], 'mean', 'log_std'),
+        'critic': next(iter(params['critic'].values())),  # The ensemble's MLPs are the head's only submodule.
+        'reward': params['reward']['MLP_0'],
+        'actor': heads(params['actor'], 'mean'),
+    }
+
+
+def host_state(agent):
+    state = host_loop.TrainState.create(jax.random.key(7), STATE_DIM, ACTION_DIM, agent.config, agent.flow_bounds)
+    params = host_params(agent)
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, state.params)
+    return state.replace(params=params)
+
+
+@pytest.fixture(scope='module')
+def batch():
+    return make_batch(3)
+
+
+@pytest.mark.parametrize(
+    'options',
+    [{}, {'critic_latent_type': 'encoding', 'q_agg': 'mean', 'value_layer_norm': False, 'clip_flow_goals': False}],
+    ids=['defaults', 'options'],
+)
+def test_the_host_loop_has_the_agents_losses(batch, options):
+    agent = make_agent(batch, **options)
+    state, key = host_state(agent), jax.random.key(5)
+
+    def metrics(learner):
+        finetuning_loss = jax.jit(learner.finetuning_loss, static_argnums=3)
+        return {
+            'pretraining': jax.jit(learner.pretraining_loss)(learner.params, batch, key)[1],
+            **{flag: finetuning_loss(learner.params, batch, key, flag)[1] for flag in (False, True)},
+        }
+
+    ours, host = metrics(agent), metrics(state)
+    assert ours.keys() == host.keys()
+    for part, expected in ours.items():
+        assert expected.keys() == host[part].keys()
+        for name, value in expected.items():
+            np.testing.assert_allclose(
+                host[part][name], value, rtol=TOLERANCE, atol=TOLERANCE, err_msg=f'{part} {name}'
+            )
+
+
+def test_first_updates_agree(batch):
+    """Gradients are the same, too: Adam's first step is their sign, and frozen modules have none in either loop."""
+    agent = make_agent(batch)
+    state, key = host_state(agent), jax.random.key(6)
+    host_after, metrics = state.finetune(batch, key, full_update=True)
+    ours_after, _ = jax.jit(agent.finetune, static_argnames='update_actor')(batch, key, update_actor=True)
+    assert np.isfinite([metrics[name] for name in ('grad/max', 'grad/min', 'grad/norm')]).all()
+    for name, expected in host_params(ours_after).items():
+        close = jax.tree.map(
+            lambda a, b: np.mean(np.abs(a - b) < 0.1 * agent.config.lr), host_after.params[name], expected
+        )
+        # A gradient of rounding errors alone (as of a bias before a norm) has a sign of its own in each loop.
+        assert np.mean(jax.tree.leaves(close)) > 0.98, name
+
+
+def test_host_batches_stay_inside_episodes():
+    raw = random_walks(num_episodes=3, num_transitions=4, labelled=True)
+    dataset = jax.device_get(make_dataset(raw))
+    data = host_loop.row_arrays(dataset)
+    batch = host_loop.sample_batch(data, np.random.default_rng(0), 500)
+    rows = {tuple(state): row for row, state in enumerate(dataset.observations)}
+    for state, following in zip(batch['observations'], batch['next_observations'], strict=True):
+        row, next_row = rows[tuple(state)], rows[tuple(following)]
+        # A next action exists: the next row is not the last of the episode.
+        assert next_row == row + 1 and next_row < dataset.ends[row]
+    np.testing.assert_array_equal(batch['reward_observations'], batch['observations'])
+
+
+def test_the_command_prints_a_line_of_json():
+    command = [sys.executable, '-m', 'benchmarks.throughput', '--agent=infom', '--preset=smoke']
+    command += ['--updates=2', '--finetuning_updates=3', '--repeats=2', '--rows=2000']
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout.splitlines()[-1])
+    for phase in ('pretrain', 'finetune'):
+        assert report[f'{phase}_ratio'] > 0
+        assert report[f'{phase}_ms'] > 0 and report[f'{phase}_host_ms'] > 0
+    assert report['finetune_updates'] == 4  # Whole actor periods.
+    assert report['versions']['jax'] == jax.__version__
+
+
+@pytest.mark.parametrize(
+    'flag, expected',
+    [('--agent=nobody', 'nobody'), ('--env_name=visual-scene-play-singletask-task1-v0', 'states only')],
+)
+def test_what_cannot_be_measured_gets_one_line(flag, expected):
+    result = subprocess.run(
+        [sys.executable, '-m', 'benchmarks.throughput', '--preset=smoke', flag],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 2
+    assert expected in result.stderr and len(result.stderr.strip().splitlines()) == 1

@@ -1,0 +1,265 @@
+"""One run in this process, on synthetic data and without a simulator: what is logged, saved, resumed, and refused."""
+
+import dataclasses
+import json
+import logging
+import signal
+
+import numpy as np
+import pytest
+from absl import flags
+
+import envs
+from tests.tiny import random_walks
+from utils import checkpoints, runs
+from utils.errors import TrainingDiverged, UserError
+from utils.experiment import Experiment
+from utils.flags import define_flags, resolve_settings, set_up_jax
+
+TASK = 'cube-single-play-singletask-task1-v0'
+
+
+def make_config(tmp_path, *arguments, phases=('pretraining', 'finetuning')):
+    flag_values = flags.FlagValues()
+    argv = [
+        'main.py', f'--env_name={TASK}', '--preset=smoke', f'--save_dir={tmp_path}', '--run_group=g', '--run_name=r',
+        '--agent.batch_size=8', '--pretraining_steps=24', '--finetuning_steps=24', '--log_interval=8', '--eval_interval=8',
+        '--save_interval=8', '--chunk_size=4', *arguments,
+    ]  # fmt: skip
+    define_flags(flag_values, argv)
+    flag_values(argv)
+    return set_up_jax(resolve_settings(flag_values, phases))
+
+
+def load_raw(phase, split, size, bad_row=None):
+    raw = random_walks(seed={'train': 0, 'val': 1}[split], labelled=phase == 'finetuning')
+    if bad_row is not None and 'rewards' in raw:
+        raw['rewards'] = np.where(np.arange(len(raw['rewards'])) == bad_row, np.nan, raw['rewards'])
+    return {**raw, 'source': {'file': split, 'fingerprint': f'{phase}-{split}'}}
+
+
+class CountingEvaluator:
+    """Stands in for the simulator: scores the policy's actions on fixed observations, deterministic in the policy."""
+
+    def __init__(self, calls):
+        self.calls = calls
+
+    def evaluate(self, policy, num_seeds, seeds, num_episodes, eval_index, should_stop):
+        if should_stop():
+            return None
+        self.calls.append(eval_index)
+        actions = policy(np.linspace(-1, 1, 10, dtype=np.float32).reshape(2, 5))
+        assert actions.shape == (num_seeds, 2, 3)
+        return [{'episode.return': float(a.sum()), 'episode.success': 0.0, 'episode.length': 2.0} for a in actions]
+
+    def close(self):
+        pass
+
+
+def make_experiment(config, calls=None, task=None, load=load_raw, **options):
+    make_evaluator = None if calls is None else lambda: CountingEvaluator(calls)
+    return Experiment(config, task or envs.task_spec(TASK), load_raw=load, make_evaluator=make_evaluator, **options)
+
+
+def run(config, **options):
+    with make_experiment(config, **options) as experiment:
+        experiment.pretrain()
+        experiment.finetune()
+    return experiment
+
+
+def saved_arrays(directory, step):
+    """CRC-32 of every array of a checkpoint: equal for equal bits."""
+    return {k: v['crc32'] for k, v in checkpoints._read_json(directory / 'checkpoints' / str(step), 'index').items()}
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+    """One uninterrupted run of both phases."""
+    path, calls = tmp_path_factory.mktemp('finished'), []
+    config = make_config(path)
+    return config, run(config, calls=calls), calls
+
+
+def test_a_run_logs_both_phases_and_each_step_once(finished):
+    config, experiment, calls = finished
+    rows = runs.read_metrics(config.run_dir / 'metrics.jsonl')
+    training = [row for row in rows if 'training/flow_loss' in row]
+    assert [(row['phase'], row['step']) for row in training] == [
+        ('pretraining', 8), ('pretraining', 16), ('pretraining', 24), ('finetuning', 32), ('finetuning', 40), ('finetuning', 48),
+    ]  # fmt: skip
+    assert all('validation/flow_loss' in row and row['time/updates_per_second'] > 0 for row in training)
+    assert 'training/critic_loss' in training[-1] and 'training/critic_loss' not in training[0]
+    assert calls == [24, 32, 40, 48], 'before the first fine-tuning step, at every interval, and once at the end'
+    assert [row['step'] for row in rows if 'evaluation/episode.success' in row] == calls
+
+
+def test_kept_checkpoints_are_the_end_of_pretraining_and_the_end(finished):
+    config, *_ = finished
+    assert {path.name for path in (config.run_dir / 'checkpoints').iterdir()} == {'24', '48'}
+
+
+def test_config_and_summary(finished):
+    config, *_ = finished
+    saved = json.loads((config.run_dir / 'config.json').read_text())
+    assert saved['agent']['batch_size'] == 8 and saved['sources']['agent.batch_size'] == 'command line'
+    assert saved['data']['finetuning/train']['fingerprint'] == 'finetuning-train'
+    assert saved['environment']['packages']['jax']
+    rows = runs.read_metrics(config.run_dir / 'metrics.jsonl')
+    returns = [row['evaluation/episode.return'] for row in rows if 'evaluation/episode.return' in row]
+    summary = json.loads((config.run_dir / 'summary.json').read_text())
+    assert summary['mean']['episode.return']['final_three'] == pytest.approx(np.mean(returns[-3:]))
+
+
+def test_the_same_command_again_finds_the_run_complete(finished, caplog):
+    config, *_ = finished
+    before = (config.run_dir / 'metrics.jsonl').read_bytes()
+    with caplog.at_level(logging.INFO):
+        run(config, calls=[])
+    assert 'complete' in caplog.text
+    assert (config.run_dir / 'metrics.jsonl').read_bytes() == before
+
+
+@pytest.mark.parametrize('stop_at', [12, 24, 28, 40])
+def test_stopped_by_a_signal_and_resumed_equals_uninterrupted(finished, tmp_path, stop_at):
+    """SIGTERM in either phase, at and between log boundaries: same arrays, same metrics, nothing twice."""
+    reference, *_ = finished
+    config = make_config(tmp_path)
+    experiment = make_experiment(config, calls=[])
+    collect = Experiment._collect
+
+    def collect_and_signal(self, end_step, *arguments):
+        collect(self, end_step, *arguments)
+        if self.offset + end_step == stop_at:
+            signal.raise_signal(signal.SIGTERM)
+
+    experiment._collect = collect_and_signal.__get__(experiment)
+    with pytest.raises(SystemExit) as stop, experiment:
+        experiment.pretrain()
+        experiment.finetune()
+    assert stop.value.code == 0
+    assert experiment.offset + experiment.phase_step < 48
+    run(config, calls=[])
+    assert saved_arrays(config.run_dir, 48) == saved_arrays(reference.run_dir, 48)
+    rows, expected = (
+        [{k: v for k, v in row.items() if not k.startswith('time/')} for row in runs.read_metrics(c.run_dir / 'metrics.jsonl')]
+        for c in (config, reference)
+    )
+    assert rows == expected
+
+
+def test_seeds_side_by_side_equal_seeds_alone(finished, tmp_path):
+    _, solo, _ = finished
+    both = run(make_config(tmp_path, '--num_seeds=2'), calls=[])
+    rows = runs.read_metrics(both.directory / 'metrics.jsonl')
+    assert {row['seed'] for row in rows} == {0, 1}
+    np.testing.assert_allclose(
+        np.asarray(both.agents.params['actor']['mean']['kernel'])[0],
+        np.asarray(solo.agents.params['actor']['mean']['kernel'])[0],
+        atol=2e-5,
+    )
+
+
+def test_one_checkpoint_fine_tunes_on_its_own(finished, tmp_path):
+    """finetune.py from main.py's end-of-pre-training checkpoint goes where main.py went, without reading pre-training data."""
+    reference, *_ = finished
+    config = make_config(tmp_path, f'--restore_path={reference.run_dir}', '--pretraining_steps=0', phases=('finetuning',))
+
+    def load_labelled(phase, split, size):
+        assert phase == 'finetuning'
+        return load_raw(phase, split, size)
+
+    with make_experiment(config, calls=[], load=load_labelled, first_phase='finetuning') as experiment:
+        experiment.finetune()
+    assert saved_arrays(config.run_dir, 48) == saved_arrays(reference.run_dir, 48)
+
+
+def test_pretraining_never_sees_a_reward(tmp_path):
+    config = make_config(tmp_path, '--finetuning_steps=0', phases=('pretraining',))
+
+    def load_unlabelled(phase, split, size):
+        assert phase == 'pretraining'
+        return load_raw(phase, split, size)
+
+    with make_experiment(config, load=load_unlabelled) as experiment:
+        experiment.pretrain()
+    assert experiment._data[1].rewards is None
+    assert (config.run_dir / 'summary.json').exists()
+
+
+def test_nan_stops_the_run_with_step_metric_and_checkpoint(tmp_path):
+    config = make_config(tmp_path)
+
+    def load_nan(phase, split, size):
+        raw = load_raw(phase, split, size)
+        if phase == 'finetuning':
+            raw['rewards'] = np.full_like(raw['rewards'], np.nan)
+        return raw
+
+    with pytest.raises(TrainingDiverged, match=r'step 25 .*reward_loss.*checkpoints/24'):
+        run(config, load=load_nan)
+    warned = dataclasses.replace(config, nan_policy='warn', run_name='warned')
+    run(warned, load=load_nan)
+    rows = runs.read_metrics(warned.run_dir / 'metrics.jsonl')
+    assert rows[-1]['training/reward_loss'] is None, 'NaN is null in the log'
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (('--agent.alpha=3',), r'agent.alpha=30.0, now it is 3.0'),
+        (('--seed=1',), r'--seed=0, now it is 1'),
+        (('--agent.latent_dim=4',), r'latent_dim=8, now it is 4'),
+    ],
+)
+def test_a_run_directory_of_other_settings_is_refused(finished, arguments, message):
+    config, *_ = finished
+    other = make_config(config.run_dir.parents[1], *arguments)
+    with pytest.raises(UserError, match=message):
+        run(other)
+
+
+def test_other_data_are_refused_on_resume(finished):
+    config, *_ = finished
+
+    def load_changed(phase, split, size):
+        return {**load_raw(phase, split, size), 'source': {'file': split, 'fingerprint': 'changed'}}
+
+    with pytest.raises(UserError, match='finetuning/train data are not those'):
+        run(config, load=load_changed)
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'task', 'message'),
+    [
+        ((), 'scene-play-singletask-task1-v0', 'pre-trained on cube-single'),
+        (('--num_seeds=2',), TASK, 'holds 1 seeds'),
+        (('--agent.latent_dim=4',), TASK, 'agent.latent_dim=8, now it is 4'),
+        (('--obs_norm_type=bounded',), TASK, 'obs_norm_type=normal, now it is bounded'),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused(finished, tmp_path, arguments, task, message):
+    reference, *_ = finished
+    config = make_config(tmp_path, f'--restore_path={reference.run_dir}', *arguments)
+    with pytest.raises(UserError, match=message):
+        run(config, task=envs.task_spec(task))
+    assert not (config.run_dir / 'config.json').exists()
+
+
+def test_a_fine_tuned_checkpoint_is_no_pretraining(finished, tmp_path):
+    reference, *_ = finished
+    config = make_config(tmp_path, f'--restore_path={reference.run_dir / "checkpoints" / "48"}')
+    with pytest.raises(UserError, match='checkpoint of fine-tuning'):
+        run(config)
+
+
+def test_fine_tuning_needs_a_checkpoint(tmp_path):
+    config = make_config(tmp_path, '--pretraining_steps=0', phases=('finetuning',))
+    with pytest.raises(UserError, match='--restore_path'), make_experiment(config, first_phase='finetuning'):
+        pass
+
+
+def test_two_processes_cannot_share_a_directory(tmp_path):
+    config = make_config(tmp_path)
+    with make_experiment(config), pytest.raises(UserError, match='another process'), make_experiment(config):
+        pass
