@@ -1,8 +1,11 @@
-"""The whole protocol in one command: reward-free pre-training, then fine-tuning on one labelled task, with evaluations and checkpoints.
+"""The whole protocol in one command: reward-free pre-training, then fine-tuning on one labelled task, with evaluations
+and checkpoints.
 
-    python main.py --env_name=cube-single-play-singletask-task1-v0 [--agent=agents/infom.py --agent.alpha=30] [--preset=small]
+    python main.py --env_name=cube-single-play-singletask-task1-v0 [--agent=agents/infom.py --agent.alpha=30]
+    [--preset=small]
 
-The same command again resumes the run from its own directory. `pretrain.py` and `finetune.py` are the two phases by themselves.
+The same command again resumes the run from its own directory. `pretrain.py` and `finetune.py` are the two phases by
+themselves.
 """
 
 import functools
@@ -18,7 +21,8 @@ FLAGS = flags.FLAGS
 
 
 def make_experiment(phases=('pretraining', 'finetuning')):
-    """The run that the command line asks for: flags → settings → data, environments and the directory of one `Experiment`."""
+    """The run that the command line asks for: flags → settings → data, environments and the directory of one
+    `Experiment`."""
     config = set_up_jax(resolve_settings(FLAGS, phases))
     # After the flags are checked: these bring JAX in, which takes seconds.
     from envs.data import load_raw
@@ -34,7 +38,12 @@ def make_experiment(phases=('pretraining', 'finetuning')):
         load_raw=lambda phase, split, size: load_raw(config.env_name, phase, split, config.dataset_dir, size),
         make_evaluator=(lambda: Evaluator(make_env, workers)) if config.eval_episodes else None,
         record_video=lambda policy, path: record_video(
-            make_rendering_env, policy, path, num_episodes=config.video_episodes, seed=config.seed
+            make_rendering_env,
+            policy,
+            path,
+            num_episodes=config.video_episodes,
+            seed=config.seed,
+            every=config.video_frame_skip,
         ),
         first_phase=phases[0],
     )

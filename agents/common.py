@@ -14,7 +14,8 @@ def expectile_loss(differences, expectile: float):
 
 
 def behavioral_cloning(means, stds, actions):
-    """Behavioural cloning of a Gaussian policy: L_BC = −E log π(a|s), with the mode's mean squared error to the data as a metric.
+    """Behavioural cloning of a Gaussian policy: L_BC = −E log π(a|s), with the mode's mean squared error to the data
+    as a metric.
 
     means, stds, actions: (B, A).
     """
@@ -48,7 +49,8 @@ def init_adam(params, config):
 
 
 def adam_step(agent, modules, loss_fn):
-    """One Adam step of `agent` on the named modules only; all others, and their Adam states, stay exactly where they are.
+    """One Adam step of `agent` on the named modules only; all others, and their Adam states, stay exactly where they
+    are.
 
     `loss_fn(params) -> (loss, metrics)` takes the full dict of parameters. Returns (params, opt_states, metrics).
     """

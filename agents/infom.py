@@ -1,11 +1,13 @@
 """InFOM: Intention-Conditioned Flow Occupancy Models (arXiv 2506.08902).
 
-Pre-training fits, on reward-free transitions, an intention encoder q(z|s',a') and a vector field v(x_t, t, s, a, z) whose flow samples
-the discounted future states of (s, a) under intention z, with the SARSA form of the TD-flow loss (arXiv 2503.09817), plus a cloned policy.
-Fine-tuning scores sampled futures with a learned reward, distils them over random z into Q with an expectile loss (implicit generalised
-policy improvement) and improves the policy on Q with behavioural cloning as regulariser.
+Pre-training fits, on reward-free transitions, an intention encoder q(z|s',a') and a vector field v(x_t, t, s, a, z)
+whose flow samples the discounted future states of (s, a) under intention z, with the SARSA form of the TD-flow loss
+(arXiv 2503.09817), plus a cloned policy.
+Fine-tuning scores sampled futures with a learned reward, distils them over random z into Q with an expectile loss
+(implicit generalised policy improvement) and improves the policy on Q with behavioural cloning as regulariser.
 
-This file holds the configuration, the losses and the updates; sampling batches, looping over steps and files live elsewhere.
+This file holds the configuration, the losses and the updates; sampling batches, looping over steps and files live
+elsewhere.
 Shapes: B batch, N flow samples per row, S state features (or image features), A action dimensions, Z latent dimensions.
 """
 
@@ -21,7 +23,7 @@ from jax import lax
 from agents import common
 from utils.encoders import make_encoder
 from utils.errors import UserError
-from utils.flows import clipping_bounds, euler_integrate
+from utils.flows import clipping_bounds, euler_integrate, map_rows
 from utils.networks import GaussianActor, IntentionEncoder, ScalarHead, VectorField
 
 
@@ -49,7 +51,7 @@ class InFOMAgent(flax.struct.PyTreeNode):
     # What the training loop must put into a batch besides observations, actions, next observations (and rewards).
     needs: ClassVar[frozenset[str]] = frozenset({'next_actions'})
 
-    # ------------------------------------------------------------------------------------------------------------- features
+    # ------------------------------------------------------------------------------------------------------- features
 
     def features(self, params, observations):
         """Images → features (B, S) by the encoder in `params`; states are their own features."""
@@ -68,7 +70,8 @@ class InFOMAgent(flax.struct.PyTreeNode):
         return self.networks.vector_field.apply({'params': params['vector_field']}, x, times, condition)
 
     def sample_futures(self, params, noise, condition):
-        """Future states by Euler integration of the field in `params` from noise (…, S), clipped at each step if configured."""
+        """Future states by Euler integration of the field in `params` from noise (…, S), clipped at each step if
+        configured."""
         return euler_integrate(
             lambda x, t: self.velocity(params, x, t, condition), noise, self.config.num_flow_steps, self.flow_bounds
         )
@@ -80,13 +83,13 @@ class InFOMAgent(flax.struct.PyTreeNode):
         )
         return means + jnp.exp(log_stds) * jax.random.normal(key, means.shape), means, log_stds
 
-    # --------------------------------------------------------------------------------------------------------------- losses
+    # --------------------------------------------------------------------------------------------------------- losses
 
     def occupancy_loss(self, params, batch, key):
         """L_FM + λ·L_KL: the negative evidence lower bound with the SARSA TD-flow loss as its likelihood term.
 
-        L_FM = E[(1−γ)·ℓ_cur + γ·ℓ_fut] (arXiv 2506.08902, §4.2; arXiv 2503.09817): ℓ_cur draws the flow towards the current state,
-        ℓ_fut towards samples of the target field at (s', a'). z gets gradient from ℓ_cur and L_KL only.
+        L_FM = E[(1−γ)·ℓ_cur + γ·ℓ_fut] (arXiv 2506.08902, §4.2; arXiv 2503.09817): ℓ_cur draws the flow towards the
+        current state, ℓ_fut towards samples of the target field at (s', a'). z gets gradient from ℓ_cur and L_KL only.
         """
         latent_key, time_key, noise_key, next_noise_key = jax.random.split(key, 4)
         latents, means, log_stds = self.infer_intentions(params, batch, latent_key)
@@ -104,7 +107,8 @@ class InFOMAgent(flax.struct.PyTreeNode):
         current_x = times * observations + (1 - times) * noise
         current_target = states - noise
 
-        # Future term: x̂ by the target field from ε' at (s', a', z); with the same t, regress on the target field's velocity.
+        # Future term: x̂ by the target field from ε' at (s', a', z); with the same t, regress on the target field's
+        # velocity.
         next_noise = jax.random.normal(next_noise_key, states.shape)
         next_condition = self.condition(
             self.target_params, next_states, batch['next_actions'], lax.stop_gradient(latents)
@@ -143,7 +147,8 @@ class InFOMAgent(flax.struct.PyTreeNode):
         return loss, {'reward_loss': loss, 'reward_prediction': predictions.mean()}
 
     def q_targets(self, params, batch, key):
-        """y = 1/((1−γ)·N)·Σ_k R(x̂_k), N futures of the online field at (s, a, z), one z per row: (B,). Carries no gradient."""
+        """y = 1/((1−γ)·N)·Σ_k R(x̂_k), N futures of the online field at (s, a, z), one z per row: (B,). Carries no
+        gradient."""
         params = lax.stop_gradient(params)
         latent_key, noise_key = jax.random.split(key)
         if self.config.critic_latent_type == 'prior':
@@ -153,12 +158,17 @@ class InFOMAgent(flax.struct.PyTreeNode):
         states = self.features(params, batch['observations'])
         condition = self.condition(params, states, batch['actions'], latents)
         noise = jax.random.normal(noise_key, (states.shape[0], self.config.num_flow_goals, states.shape[1]))
-        futures = self.sample_futures(params, noise, condition[:, None])  # (B, N, S)
-        rewards = self.networks.reward.apply({'params': params['reward']}, futures)  # (B, N)
+
+        def rewards_of_row(noise, condition):  # (N, S), (H,) → (N,)
+            futures = self.sample_futures(params, noise, condition)
+            return self.networks.reward.apply({'params': params['reward']}, futures)
+
+        rewards = map_rows(rewards_of_row, noise, condition, samples_per_row=noise.shape[1])  # (B, N)
         return rewards.mean(axis=1) / (1 - self.config.discount)
 
     def critic_loss(self, params, batch, key):
-        """L_Q = E_{e,i} ρ_μ(y − Q_e(s, a)): the expectile over random z is the implicit generalised policy improvement."""
+        """L_Q = E_{e,i} ρ_μ(y − Q_e(s, a)): the expectile over random z is the implicit generalised policy
+        improvement."""
         targets = self.q_targets(params, batch, key)
         qs = self.networks.critic.apply({'params': params['critic']}, batch['observations'], batch['actions'])  # (2, B)
         loss = common.expectile_loss(targets - qs, self.config.expectile).mean()
@@ -208,7 +218,7 @@ class InFOMAgent(flax.struct.PyTreeNode):
         loss = sum(term for term, _ in terms)
         return loss, {'loss': loss, **{name: value for _, metrics in terms for name, value in metrics.items()}}
 
-    # -------------------------------------------------------------------------------------------------------------- updates
+    # -------------------------------------------------------------------------------------------------------- updates
 
     def pretrain(self, batch, key):
         """One reward-free update of field, intention encoder and cloned actor; returns (agent, metrics)."""
@@ -240,14 +250,15 @@ class InFOMAgent(flax.struct.PyTreeNode):
         target_params = common.target_update(params, self.target_params, self.config.tau)
         return self.replace(params=params, opt_states=opt_states, target_params=target_params), metrics
 
-    # ------------------------------------------------------------------------------------------------------------- creation
+    # ------------------------------------------------------------------------------------------------------- creation
 
     @classmethod
     def create(cls, key, example_batch, config):
         """A fresh agent for batches like `example_batch`.
 
-        key: a JAX random key. example_batch: observations (B, …), actions (B, A) and, for `clip_flow_goals`, observation_min and
-        observation_max (S,) of the normalised pre-training observations. Raises UserError for an inconsistent config.
+        key: a JAX random key. example_batch: observations (B, …), actions (B, A) and, for `clip_flow_goals`,
+        observation_min and observation_max (S,) of the normalised pre-training observations. Raises UserError for an
+        inconsistent config.
         """
         config = ml_collections.FrozenConfigDict(config)
         validate_config(config)
@@ -290,7 +301,16 @@ class InFOMAgent(flax.struct.PyTreeNode):
             ),
             encoder=encoder,
         )
-        init('vector_field', networks.vector_field, features, jnp.zeros(()), features, actions, latents, method='init_all')
+        init(
+            'vector_field',
+            networks.vector_field,
+            features,
+            jnp.zeros(()),
+            features,
+            actions,
+            latents,
+            method='init_all',
+        )
         init('intention_encoder', networks.intention_encoder, observations, actions)
         init('critic', networks.critic, observations, actions)
         init('reward', networks.reward, features)
@@ -323,7 +343,8 @@ def validate_config(config):
             raise UserError(f'agent.{name}={config[name]}: expected at least 1')
     if config.clip_flow_goals and config.encoder is not None:
         raise UserError(
-            'agent.clip_flow_goals=True with an encoder: features have no observed range to clip to; set --agent.clip_flow_goals=False'
+            'agent.clip_flow_goals=True with an encoder: features have no observed range to clip to; '
+            'set --agent.clip_flow_goals=False'
         )
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -130,17 +131,18 @@ def test_the_loop_may_overwrite_its_buffers_as_soon_as_save_returns(tmp_path):
 
 
 def test_saving_returns_before_the_checkpoint_is_written(tmp_path, monkeypatch):
-    release = time.monotonic() + 0.5
+    may_write = threading.Event()
     write = ocp.Checkpointer.save
 
-    def slow(*args, **kwargs):
-        time.sleep(max(0.0, release - time.monotonic()))
+    def wait_and_write(*args, **kwargs):
+        assert may_write.wait(60)
         return write(*args, **kwargs)
 
-    monkeypatch.setattr(ocp.Checkpointer, 'save', slow)
+    monkeypatch.setattr(ocp.Checkpointer, 'save', wait_and_write)
     with CheckpointWriter(tmp_path) as writer:
         writer.save(1, make_state(), META)
-        assert time.monotonic() < release and latest_step(tmp_path) is None
+        assert latest_step(tmp_path) is None
+        may_write.set()
         writer.wait()
         assert latest_step(tmp_path) == 1
 

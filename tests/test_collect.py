@@ -21,7 +21,7 @@ TASK = 'cube-single-play-singletask-task1-v0'
 LENGTH = 120
 EPISODES = {'train': 6, 'val': 2}
 NAMES = {'train': 'cube-single-play-v0.npz', 'val': 'cube-single-play-v0-val.npz'}
-PATIENCE_SECONDS = 180
+PATIENCE_SECONDS = 600  # Only a hang takes as long, even on a machine that is busy with other things.
 
 
 def command(folder, **settings):

@@ -22,7 +22,7 @@ def run_python(code: str, **environment) -> subprocess.CompletedProcess:
         name: value for name, value in os.environ.items() if name not in ('MUJOCO_GL', 'DISPLAY')
     } | environment
     return subprocess.run(
-        [sys.executable, '-c', code], cwd=ROOT, env=variables, capture_output=True, text=True, timeout=180
+        [sys.executable, '-c', code], cwd=ROOT, env=variables, capture_output=True, text=True, timeout=600
     )
 
 

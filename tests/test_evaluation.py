@@ -263,10 +263,10 @@ def test_signals_to_the_process_group_leave_workers_at_work_and_closing_leaves_n
 def test_a_worker_in_trouble_is_an_error_and_no_worker_is_left(fault, error, message):
     others = set(multiprocessing.active_children())
     began = time.monotonic()
-    evaluator = in_one_process(fault, reply_timeout=2.0)
+    evaluator = in_one_process(fault, **({'reply_timeout': 2.0} if fault == 'hang' else {}))
     with pytest.raises(error, match=message):
         solo(evaluator)
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 200
     assert set(multiprocessing.active_children()) == others
     evaluator.close()
 
@@ -303,10 +303,10 @@ def test_workers_end_with_their_owner(end):
         assert len(workers) == 2 and all(state_of(pid) not in ('', 'Z') for pid in workers)
         if end == 'killed':
             owner.kill()
-        owner.communicate('\n', timeout=30)
+        owner.communicate('\n', timeout=120)
     finally:
         owner.kill()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while any(state_of(pid) not in ('', 'Z') for pid in workers):
         assert time.monotonic() < deadline, 'workers outlive their owner'
         time.sleep(0.05)

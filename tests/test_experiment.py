@@ -23,7 +23,8 @@ def make_config(tmp_path, *arguments, phases=('pretraining', 'finetuning')):
     flag_values = flags.FlagValues()
     argv = [
         'main.py', f'--env_name={TASK}', '--preset=smoke', f'--save_dir={tmp_path}', '--run_group=g', '--run_name=r',
-        '--agent.batch_size=8', '--pretraining_steps=24', '--finetuning_steps=24', '--log_interval=8', '--eval_interval=8',
+        '--agent.batch_size=8', '--pretraining_steps=24', '--finetuning_steps=24', '--log_interval=8',
+        '--eval_interval=8',
         '--save_interval=8', '--chunk_size=4', *arguments,
     ]  # fmt: skip
     define_flags(flag_values, argv)
@@ -69,8 +70,8 @@ def run(config, **options):
 
 
 def saved_arrays(directory, step):
-    """CRC-32 of every array of a checkpoint: equal for equal bits."""
-    return {k: v['crc32'] for k, v in checkpoints._read_json(directory / 'checkpoints' / str(step), 'index').items()}
+    """The bytes of every array of a checkpoint, by name."""
+    return {k: v.tobytes() for k, v in checkpoints.read_arrays(directory / 'checkpoints' / str(step)).items()}
 
 
 @pytest.fixture(scope='module')
@@ -82,11 +83,12 @@ def finished(tmp_path_factory):
 
 
 def test_a_run_logs_both_phases_and_each_step_once(finished):
-    config, experiment, calls = finished
+    config, _, calls = finished
     rows = runs.read_metrics(config.run_dir / 'metrics.jsonl')
     training = [row for row in rows if 'training/flow_loss' in row]
     assert [(row['phase'], row['step']) for row in training] == [
-        ('pretraining', 8), ('pretraining', 16), ('pretraining', 24), ('finetuning', 32), ('finetuning', 40), ('finetuning', 48),
+        ('pretraining', 8), ('pretraining', 16), ('pretraining', 24), ('finetuning', 32), ('finetuning', 40),
+        ('finetuning', 48),
     ]  # fmt: skip
     assert all('validation/flow_loss' in row and row['time/updates_per_second'] > 0 for row in training)
     assert 'training/critic_loss' in training[-1] and 'training/critic_loss' not in training[0]
@@ -142,7 +144,10 @@ def test_stopped_by_a_signal_and_resumed_equals_uninterrupted(finished, tmp_path
     run(config, calls=[])
     assert saved_arrays(config.run_dir, 48) == saved_arrays(reference.run_dir, 48)
     rows, expected = (
-        [{k: v for k, v in row.items() if not k.startswith('time/')} for row in runs.read_metrics(c.run_dir / 'metrics.jsonl')]
+        [
+            {k: v for k, v in row.items() if not k.startswith('time/')}
+            for row in runs.read_metrics(c.run_dir / 'metrics.jsonl')
+        ]
         for c in (config, reference)
     )
     assert rows == expected
@@ -161,9 +166,12 @@ def test_seeds_side_by_side_equal_seeds_alone(finished, tmp_path):
 
 
 def test_one_checkpoint_fine_tunes_on_its_own(finished, tmp_path):
-    """finetune.py from main.py's end-of-pre-training checkpoint goes where main.py went, without reading pre-training data."""
+    """finetune.py from main.py's end-of-pre-training checkpoint goes where main.py went, without reading pre-training
+    data."""
     reference, *_ = finished
-    config = make_config(tmp_path, f'--restore_path={reference.run_dir}', '--pretraining_steps=0', phases=('finetuning',))
+    config = make_config(
+        tmp_path, f'--restore_path={reference.run_dir}', '--pretraining_steps=0', phases=('finetuning',)
+    )
 
     def load_labelled(phase, split, size):
         assert phase == 'finetuning'

@@ -39,7 +39,7 @@ def test_explicit_over_preset_over_published_over_default():
     assert (config.eval_episodes, config.sources['eval_episodes']) == (7, 'command line')
     assert (config.agent.alpha, config.sources['agent.alpha']) == (3.0, 'command line')
     assert (config.agent.latent_dim, config.sources['agent.latent_dim']) == (16, 'command line')
-    assert (config.agent.num_flow_goals, config.sources['agent.num_flow_goals']) == (8, 'preset small')
+    assert (config.agent.num_flow_goals, config.sources['agent.num_flow_goals']) == (4, 'preset small')
     assert (config.agent.expectile, config.sources['agent.expectile']) == (0.95, f'published table, infom on {TASK}')
     assert (config.agent.discount, config.sources['agent.discount']) == (0.99, 'default')
 
@@ -218,19 +218,19 @@ def test_refused_while_parsing(argument, message):
     [
         # (log, eval, save): the preset's where they fit, else the nearest below that do.
         ([], (5_000, 50_000, 50_000)),
-        (['--preset=small'], (1_000, 5_000, 5_000)),
+        (['--preset=small'], (250, 1_250, 1_000)),
         (['--preset=smoke'], (20, 40, 40)),
         (['--preset=smoke', '--pretraining_steps=400', '--finetuning_steps=400'], (20, 40, 40)),
         (['--preset=smoke', '--finetuning_steps=48'], (8, 40, 40)),
         (['--preset=smoke', '--finetuning_steps=36'], (4, 40, 40)),
         (['--preset=smoke', '--pretraining_steps=37', '--finetuning_steps=0'], (1, 40, 40)),
-        (['--preset=small', '--pretraining_steps=1200', '--finetuning_steps=800'], (400, 4_800, 4_800)),
-        (['--preset=small', '--eval_interval=500'], (500, 500, 5_000)),
+        (['--preset=small', '--pretraining_steps=1200', '--finetuning_steps=800'], (200, 1_200, 1_000)),
+        (['--preset=small', '--eval_interval=500'], (250, 500, 1_000)),
         (['--preset=small', '--save_interval=300', '--eval_interval=200'], (100, 200, 300)),
-        (['--preset=small', '--log_interval=2000'], (2_000, 4_000, 4_000)),
-        (['--preset=small', '--log_interval=20000'], (20_000, 20_000, 20_000)),
-        (['--preset=small', '--pretraining_steps=0'], (1_000, 5_000, 5_000)),
-        (['--preset=small', '--agent.actor_freq=5'], (1_000, 5_000, 5_000)),
+        (['--preset=small', '--log_interval=500'], (500, 1_000, 1_000)),
+        (['--preset=small', '--log_interval=1000'], (1_000, 1_000, 1_000)),
+        (['--preset=small', '--pretraining_steps=0'], (250, 1_250, 1_000)),
+        (['--preset=small', '--agent.actor_freq=5'], (250, 1_250, 1_000)),
         (['--preset=smoke', '--agent.actor_freq=40'], (40, 40, 40)),
     ],
 )
@@ -342,7 +342,7 @@ def test_the_beginning_of_a_run(run, tmp_path):
     lines = result.stdout.splitlines()
     assert f'command line: env_name={TASK}, preset=small, precision=highest' in result.stdout
     assert lines[-3] == 'loaded'
-    assert lines[-2] == 'chunk 100 chosen for this device (cpu)'
+    assert lines[-2] == 'chunk 50 chosen for this device (cpu)'
     cache = next((tmp_path / 'infom' / 'xla').iterdir())
     assert lines[-1] == f'devices 2 highest {cache}'
     assert list(cache.iterdir()), 'nothing was cached'

@@ -151,7 +151,7 @@ def test_small_keeps_the_published_coefficients():
     assert config.latent_dim == presets.PRESETS['small'].agent['latent_dim']
     assert settings.source['agent.latent_dim'] == settings.source['pretraining_steps'] == 'preset small'
     widths = {key: value for key, value in config.items() if key.endswith('hidden_dims')}
-    assert set(widths.values()) == {(256, 256, 256)}
+    assert set(widths.values()) == {(256, 256)}
     assert len(widths) >= 4
 
 
@@ -164,7 +164,7 @@ def test_smoke_is_tiny():
 
 def test_settings_that_an_agent_lacks_are_passed_over():
     settings = presets.resolve('iql', SCENE, 'small', agent_keys=('alpha', 'expectile', 'actor_hidden_dims'))
-    assert settings.agent == {'alpha': 1.0, 'expectile': 0.99, 'actor_hidden_dims': (256, 256, 256)}
+    assert settings.agent == {'alpha': 1.0, 'expectile': 0.99, 'actor_hidden_dims': (256, 256)}
 
 
 def test_a_task_outside_the_table_gets_the_protocol():

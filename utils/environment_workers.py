@@ -110,7 +110,7 @@ class ProcessWorker:
         try:
             kind, value = self._pipe.recv()
         except (EOFError, OSError) as error:
-            self._process.join(timeout=5)
+            self._process.join(timeout=30)
             status = self._process.exitcode
             raise UserError(f'{self._name} died (exit status {status}). {advice}') from error
         if kind == 'user error':

@@ -1,4 +1,5 @@
-"""The two exceptions that an entry point turns into one line and an exit code; everything else is a bug and shows its traceback."""
+"""The two exceptions that an entry point turns into one line and an exit code; everything else is a bug and shows its
+traceback."""
 
 
 class UserError(Exception):
@@ -6,4 +7,5 @@ class UserError(Exception):
 
 
 class TrainingDiverged(Exception):
-    """A loss became NaN or infinite; the message names the step, the metric and the last good checkpoint. Exit code 1."""
+    """A loss became NaN or infinite; the message names the step, the metric and the last good checkpoint. Exit code
+    1."""

@@ -1,7 +1,8 @@
 """One training run, from its directory on disk to its summary: what the three entry points are made of.
 
-`Experiment` decides when to train, log, evaluate and save, and composes the modules that do each: compiled chunks (`training`), batches
-(`datasets`), checkpoints, metrics, evaluation. It imports no simulator: environments and raw data come in as functions.
+`Experiment` decides when to train, log, evaluate and save, and composes the modules that do each: compiled chunks
+(`training`), batches (`datasets`), checkpoints, metrics, evaluation. It imports no simulator: environments and raw
+data come in as functions.
 
 Where a run starts is settled in one place, `start`, in this order:
   1. the run directory's own latest checkpoint (the same command again resumes);
@@ -30,8 +31,9 @@ from utils.wandb_sink import WandbSink
 class Experiment:
     """A run of `seeds` seeds, trained side by side; use as a context manager.
 
-    config: `flags.RunConfig`. task: `envs.TaskSpec`. load_raw(phase, split, max_transitions) → raw arrays. make_evaluator() →
-    `evaluation.Evaluator`. record_video(policy, path) writes one file; the last two may be None for runs that do not evaluate.
+    config: `flags.RunConfig`. task: `envs.TaskSpec`. load_raw(phase, split, max_transitions) → raw arrays.
+    make_evaluator() → `evaluation.Evaluator`. record_video(policy, path) writes one file; the last two may be None for
+    runs that do not evaluate.
     """
 
     def __init__(self, config, task, *, load_raw, make_evaluator=None, record_video=None, first_phase='pretraining'):
@@ -51,7 +53,7 @@ class Experiment:
         self._began, self._wall_before = time.monotonic(), 0.0
         self._resources = contextlib.ExitStack()
 
-    # ----------------------------------------------------------------------------------------------------- entering and leaving
+    # ------------------------------------------------------------------------------------------- entering and leaving
 
     def __enter__(self):
         config = self.config
@@ -84,7 +86,7 @@ class Experiment:
             raise KeyboardInterrupt
         self._stop_signal = number
 
-    # ---------------------------------------------------------------------------------------------------------------- starting
+    # ------------------------------------------------------------------------------------------------------- starting
 
     def _start(self):
         """Restores or creates the agents, in the order at the head of this file."""
@@ -101,7 +103,9 @@ class Experiment:
             if meta['phase'] != 'pretraining':
                 raise UserError(f'{path} is a checkpoint of fine-tuning: --restore_path takes one of pre-training')
         elif first_phase == 'finetuning':
-            raise UserError('fine-tuning needs a pre-trained run: give --restore_path=<directory of a pretrain.py or main.py run>')
+            raise UserError(
+                'fine-tuning needs a pre-trained run: give --restore_path=<directory of a pretrain.py or main.py run>'
+            )
         else:
             origin, path = 'scratch', None
         if meta is not None:
@@ -115,7 +119,8 @@ class Experiment:
             self._evaluation_due = meta['evaluation_due']
         self.finished_pretraining = self.phase == 'finetuning' or first_phase == 'finetuning'
 
-        # The phase that comes next decides which data the template agent is made from; restored values replace all of it.
+        # The phase that comes next decides which data the template agent is made from; restored values replace all of
+        # it.
         self._data = self._load_phase('finetuning' if self.finished_pretraining else 'pretraining')
         if own is not None:
             resume.check_same_data(meta['data'], self.fingerprints, self.directory)
@@ -152,7 +157,11 @@ class Experiment:
             raw[split] = self._load_raw(phase, split, size if split == 'train' else None)
             self.fingerprints[f'{phase}/{split}'] = raw[split]['source']
         if self.normalizer is None:
-            fit_on = raw['train'] if phase == 'pretraining' else self._load_raw('pretraining', 'train', config.pretraining_size)
+            fit_on = (
+                raw['train']
+                if phase == 'pretraining'
+                else self._load_raw('pretraining', 'train', config.pretraining_size)
+            )
             self.normalizer = Normalizer.fit(fit_on['observations'], config.obs_norm_type)
         options = {'reward_at': self.task.reward_at, 'frame_stack': config.frame_stack}
         sets = [
@@ -162,7 +171,7 @@ class Experiment:
         logging.info('%s data: %d transitions, validation %d', phase, *(dataset.num_transitions for dataset in sets))
         return (phase, *sets)
 
-    # ---------------------------------------------------------------------------------------------------------------- the phases
+    # ----------------------------------------------------------------------------------------------------- the phases
 
     def pretrain(self):
         """Reward-free pre-training up to `pretraining_steps`; ends with a checkpoint that is kept."""
@@ -172,7 +181,8 @@ class Experiment:
         self.finished_pretraining = True
 
     def finetune(self):
-        """Fine-tuning up to `finetuning_steps`, evaluated before the first step, at every `eval_interval`, and at the end."""
+        """Fine-tuning up to `finetuning_steps`, evaluated before the first step, at every `eval_interval`, and at the
+        end."""
         total = self.config.finetuning_steps
         if self.phase == 'finetuning' and self.phase_step >= total and not self._evaluation_due:
             logging.info('this run is complete at step %d: nothing to train', self.offset + self.phase_step)
@@ -241,14 +251,19 @@ class Experiment:
             return
         validated = jax.device_get(validated)
         now = time.perf_counter()
-        updates_per_second = len(self._partial) * self.config.chunk_size / max(now - self._interval_began - self._paused, 1e-9)
+        updates_per_second = (
+            len(self._partial) * self.config.chunk_size / max(now - self._interval_began - self._paused, 1e-9)
+        )
         self._interval_began, self._paused = now, 0.0
         speed = {
             'time/updates_per_second': updates_per_second,
             'time/seed_updates_per_second': updates_per_second * len(self.seeds),
         }
         lines = [
-            {f'training/{name}': float(np.mean([chunk[name][i] for chunk in self._partial])) for name in self._partial[0]}
+            {
+                f'training/{name}': float(np.mean([chunk[name][i] for chunk in self._partial]))
+                for name in self._partial[0]
+            }
             | {f'validation/{name}': float(values[i]) for name, values in validated.items()}
             | speed
             for i in range(len(self.seeds))
@@ -256,7 +271,8 @@ class Experiment:
         self._write(self.offset + end_step, self.phase, lines)
         self._partial = []
         bar.set_postfix(
-            {'updates/s': f'{updates_per_second:.0f}'} | ({} if self._last_return is None else {'return': self._last_return})
+            {'updates/s': f'{updates_per_second:.0f}'}
+            | ({} if self._last_return is None else {'return': self._last_return})
         )
 
     def _write(self, step, phase, lines):
@@ -288,7 +304,7 @@ class Experiment:
             raise TrainingDiverged(message)
         logging.warning('%s; --nan_policy=warn: training goes on', message)
 
-    # ------------------------------------------------------------------------------------------------ evaluating, saving, stopping
+    # ----------------------------------------------------------------------------------- evaluating, saving, stopping
 
     def _evaluate(self) -> bool:
         """Evaluates every seed and logs it; False if a stop signal cut it short, and the evaluation is still due."""
@@ -311,7 +327,9 @@ class Experiment:
         self._write(step, 'finetuning', [{f'evaluation/{k}': v for k, v in result.items()} for result in results])
         means = {name: float(np.mean([result[name] for result in results])) for name in results[0]}
         self._last_return = f'{means["episode.return"]:.1f}'
-        logging.info('evaluation at step %d: %s', step, ', '.join(f'{name} {value:.2f}' for name, value in means.items()))
+        logging.info(
+            'evaluation at step %d: %s', step, ', '.join(f'{name} {value:.2f}' for name, value in means.items())
+        )
         if self.config.video_episodes > 0:
             path = self.directory / 'videos' / f'step_{step}.mp4'
             self._record_video(lambda observation: policy(observation[None])[0, 0], path)

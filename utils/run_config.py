@@ -55,6 +55,7 @@ class RunConfig:
     eval_episodes: int = _flag(None, 'Episodes per seed and evaluation; 0 never evaluates.', minimum=0, preset=True)
     eval_workers: int = _flag(0, 'Processes that step environments; 0 takes one for each core.', minimum=0)
     video_episodes: int = _flag(0, 'Episodes recorded as mp4 at each evaluation.', minimum=0)
+    video_frame_skip: int = _flag(3, 'Steps from one frame of a video to the next.', minimum=1)
 
     dataset_dir: str = _flag('~/.ogbench/data', 'Where data sets are.')
     dataset_location: str = _flag('auto', 'Where batches are sampled from.', choices=('auto', 'device', 'host'))

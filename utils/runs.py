@@ -63,7 +63,7 @@ def lock_run_directory(run_directory: str | os.PathLike) -> IO | None:
     except ImportError:
         return None
     with _as_user_error(run_directory):
-        file = open(Path(run_directory) / '.lock', 'w')
+        file = open(Path(run_directory) / '.lock', 'w')  # noqa: SIM115 (held for as long as the run)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -170,7 +170,8 @@ class MetricsLog:
         self.lines = lines
 
     def _open(self) -> None:
-        self._file = open(self.path, 'ab', buffering=0)  # unbuffered: nothing is left to fail, or be lost, on closing
+        # Unbuffered: nothing is left to fail, or to be lost, on closing.
+        self._file = open(self.path, 'ab', buffering=0)  # noqa: SIM115
 
     def rows(self) -> list[dict]:
         """All lines as dictionaries. Raises `UserError` naming the first line that is not a JSON object."""

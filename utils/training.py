@@ -1,7 +1,7 @@
 """The compiled half of the training loop: chunks of updates as pure functions of (agents, data, keys, step).
 
-`agents` is one agent whose arrays have a leading seed axis; every function here is vmapped over it. Deciding when to log, evaluate or save,
-and everything that touches files, is `utils/experiment.py`.
+`agents` is one agent whose arrays have a leading seed axis; every function here is vmapped over it. Deciding when to
+log, evaluate or save, and everything that touches files, is `utils/experiment.py`.
 """
 
 import functools
@@ -12,7 +12,8 @@ import jax.numpy as jnp
 
 from utils import datasets
 
-# Streams of randomness; a seed's key of phase p at step t is fold_in(fold_in(key(seed), p), t), so a resumed run needs only the step.
+# Streams of randomness; a seed's key of phase p at step t is fold_in(fold_in(key(seed), p), t), so a resumed run needs
+# only the step.
 STREAMS = {'create': 0, 'pretraining': 1, 'finetuning': 2, 'begin_finetuning': 3, 'validation': 4, 'act': 5}
 
 
@@ -29,6 +30,18 @@ def create_agents(agent_class, seeds, example_batch, config):
 
 def num_seeds(agents) -> int:
     return jax.tree.leaves(agents)[0].shape[0]
+
+
+def over_seeds(function, agents, keys):
+    """`function(agent, key)` for every seed: vmapped, or for a single seed called without the seed axis.
+
+    A leading axis of 1 is not free: on CPUs XLA's column sums and optimiser arithmetic take three to six times as long
+    on (1, H, H) as on (H, H).
+    """
+    if num_seeds(agents) > 1:
+        return jax.vmap(function)(agents, keys)
+    outputs = function(jax.tree.map(lambda x: x[0], agents), keys[0])
+    return jax.tree.map(lambda x: x[None], outputs)
 
 
 def _update(agent, dataset, key, step, phase, **options):
@@ -61,7 +74,8 @@ def _pretrain_chunk(agent, dataset, key, start, n):
 
 
 def _finetune_chunk(agent, dataset, key, start, n):
-    """Blocks of `actor_freq` updates, the last of which trains the actor: no branch on the step, which vmap would execute twice."""
+    """Blocks of `actor_freq` updates, the last of which trains the actor: no branch on the step, which vmap would
+    execute twice."""
     freq = agent.config.actor_freq
 
     def block(agent, steps):
@@ -81,11 +95,12 @@ def _finetune_chunk(agent, dataset, key, start, n):
 def train_chunk(agents, dataset, keys, start, *, phase: str, n: int):
     """`n` updates of every seed, starting after `start` updates of this phase; one compilation for each (phase, n).
 
-    keys (S,): the phase's stream. Returns (agents, {metric: (mean (S,), first non-finite step (S,) or −1)}); `agents` is donated.
+    keys (S,): the phase's stream. Returns (agents, {metric: (mean (S,), first non-finite step (S,) or −1)}); `agents`
+    is donated.
     In fine-tuning, start and n are multiples of `actor_freq`.
     """
     chunk = _pretrain_chunk if phase == 'pretraining' else _finetune_chunk
-    return jax.vmap(lambda agent, key: chunk(agent, dataset, key, start, n))(agents, keys)
+    return over_seeds(lambda agent, key: chunk(agent, dataset, key, start, n), agents, keys)
 
 
 def compile_chunk(agents, dataset, keys, *, phase: str, n: int):
@@ -110,7 +125,8 @@ def validation_metrics(agents, dataset, keys, step, *, phase: str):
 
 @functools.partial(jax.jit, donate_argnames='agents')
 def begin_finetuning(agents, dataset, keys):
-    """Every seed's `begin_finetuning` on a labelled batch of its own (the agent's `num_latent_inference_samples`, or one batch)."""
+    """Every seed's `begin_finetuning` on a labelled batch of its own (the agent's `num_latent_inference_samples`, or
+    one batch)."""
 
     def one_seed(agent, key):
         batch_key, agent_key = jax.random.split(key)

@@ -1,0 +1,35 @@
+"""A trained policy from a run on disk, without its data: for videos, demonstrations and one's own evaluations."""
+
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+import agents as agent_registry
+from utils import checkpoints, training
+from utils.normalizers import Normalizer
+
+
+def load_policy(path, task):
+    """The policy of a run's newest checkpoint (or of one named checkpoint): observations (W, …) → actions (S, W, A) as
+    NumPy.
+
+    task: the `envs.TaskSpec` that the run was trained on. Raises UserError for a path that holds no readable
+    checkpoint.
+    """
+    path = checkpoints.resolve(path)
+    meta = checkpoints.load_meta(path)
+    module = agent_registry.load(meta['agent_name'])
+    config = ConfigDict(module.get_config())
+    config.update(
+        {name: tuple(value) if isinstance(value, list) else value for name, value in meta['agent_config'].items()}
+    )
+    # Shapes are all that the template needs: its values, the observed range included, are replaced.
+    observation = jnp.zeros((1, *task.observation_shape), jnp.uint8 if task.visual else jnp.float32)
+    example = {
+        'observations': observation,
+        'actions': jnp.zeros((1, task.action_size)),
+        'observation_min': observation[0],
+        'observation_max': observation[0],
+    }
+    seeds = range(meta['seed'], meta['seed'] + meta['num_seeds'])
+    agents = checkpoints.restore(path, training.create_agents(module.AGENT, list(seeds), example, config))
+    return training.make_policy(agents, Normalizer.from_dict(meta['normalizer']), list(seeds))
