@@ -2,7 +2,8 @@
 
     python finetune.py --env_name=cube-single-play-singletask-task2-v0 --restore_path=exp/<group>/<pre-trained run>
 
-`--restore_path` takes a run directory or one of its checkpoints. The same command again resumes the run from its own directory.
+`--restore_path` takes a run directory or one of its checkpoints. The same command again resumes the run from its own
+directory.
 """
 
 from main import make_experiment

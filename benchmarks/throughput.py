@@ -242,8 +242,9 @@ def main(_):
 
     shapes = {k: problem.raw[k].shape[1] for k in ('observations', 'actions')}
     print(
-        f'{agents.resolve(values.agent)}, preset {values.preset}, {values.env_name}: {shapes["observations"]} observation '
-        f'and {shapes["actions"]} action dimensions, batch {problem.config.batch_size}, one seed, {values.repeats} turns\n'
+        f'{agents.resolve(values.agent)}, preset {values.preset}, {values.env_name}: {shapes["observations"]} '
+        f'observation and {shapes["actions"]} action dimensions, batch {problem.config.batch_size}, one seed, '
+        f'{values.repeats} turns\n'
         f'{about["cores"]} cores of {about["processor"]}, load {about["load_average"]}\n\n{table(results)}\n'
     )
     report = {'agent': values.agent, 'preset': values.preset, 'env_name': values.env_name, 'repeats': values.repeats}

@@ -1,14 +1,15 @@
-"""Settings of every test: JAX on the CPU with exact float32 matrix products, and compiled functions kept between runs of the tests.
+"""Settings of every test: JAX on the CPU with exact float32 matrix products, and compiled functions kept between runs
+of the tests.
 
-Fixtures belong to the files that use them, shared problems and configurations to `tests/tiny.py`. The compilation cache lives in pytest's own
-cache directory: `pytest --cache-clear` empties it, `-p no:cacheprovider` does without.
+Fixtures belong to the files that use them, shared problems and configurations to `tests/tiny.py`. The compilation
+cache lives in pytest's own cache directory: `pytest --cache-clear` empties it, `-p no:cacheprovider` does without.
 """
 
 import os
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
-import jax  # noqa: E402
+import jax
 
 jax.config.update('jax_default_matmul_precision', 'highest')
 

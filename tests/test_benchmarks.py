@@ -1,4 +1,4 @@
-"""The benchmark compares like with like: the host loop's losses are the agent's, and the command prints what it promises.
+"""The benchmark compares like with like: the host loop's losses are the agent's. The command prints what it says.
 
 How fast anything is, is not tested here.
 """
@@ -102,14 +102,14 @@ def test_first_updates_agree(batch):
 
 def test_host_batches_stay_inside_episodes():
     raw = random_walks(num_episodes=3, num_transitions=4, labelled=True)
-    dataset = jax.device_get(make_dataset(raw))
-    data = host_loop.row_arrays(dataset)
-    batch = host_loop.sample_batch(data, np.random.default_rng(0), 500)
-    rows = {tuple(state): row for row, state in enumerate(dataset.observations)}
-    for state, following in zip(batch['observations'], batch['next_observations'], strict=True):
-        row, next_row = rows[tuple(state)], rows[tuple(following)]
-        # A next action exists: the next row is not the last of the episode.
-        assert next_row == row + 1 and next_row < dataset.ends[row]
+    raw['observations'][:, 0] = np.arange(len(raw['observations']))
+    dataset = make_dataset(raw)
+    batch = host_loop.sample_batch(host_loop.row_arrays(jax.device_get(dataset)), np.random.default_rng(0), 500)
+    rows, next_rows = (batch[name][:, 0].astype(int) for name in ('observations', 'next_observations'))
+    np.testing.assert_array_equal(next_rows, rows + 1)
+    # Each drawn transition has a next action: all of them are drawn, and no other.
+    np.testing.assert_array_equal(np.unique(rows), dataset.next_action_rows)
+    np.testing.assert_array_equal(batch['next_actions'], raw['actions'][next_rows])
     np.testing.assert_array_equal(batch['reward_observations'], batch['observations'])
 
 

@@ -1,7 +1,11 @@
-"""Small InFOM agents, batches and row arrays for the tests. Expectations and references are elsewhere; nothing here is random without a seed."""
+"""Small InFOM agents, batches and row arrays for the tests. Expectations and references are elsewhere; nothing here is
+random without a seed."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 
 from agents.infom import InFOMAgent, get_config
@@ -9,6 +13,13 @@ from utils.datasets import Dataset
 from utils.normalizers import Normalizer
 
 BATCH_SIZE, STATE_DIM, ACTION_DIM = 8, 5, 3
+
+# Observed minimum and maximum of each feature: narrow, so that clipping is at work; the last feature counts as
+# constant.
+OBSERVED_RANGE = (
+    np.array([-0.6, -0.6, -0.6, -0.6, 0.25], np.float32),
+    np.array([0.9, 0.9, 0.9, 0.9, 0.25], np.float32),
+)
 
 TINY = dict(
     batch_size=BATCH_SIZE,
@@ -21,11 +32,13 @@ TINY = dict(
     discount=0.9,
 )
 
+
 def make_config(**overrides):
     """The agent's defaults at the size of the tests; `overrides` win."""
     config = get_config()
     config.update({**TINY, **overrides})
     return config
+
 
 def make_batch(seed=0, reward_at='observations', size=BATCH_SIZE):
     """A labelled batch of random states and actions."""
@@ -45,6 +58,7 @@ def make_batch(seed=0, reward_at='observations', size=BATCH_SIZE):
     batch['reward_observations'] = batch[reward_at]
     return jax.tree.map(jnp.asarray, batch)
 
+
 def make_image_batch(seed=0, size=4, height=16, channels=3):
     """A labelled batch of random uint8 images."""
     rng = np.random.default_rng(seed)
@@ -54,19 +68,29 @@ def make_image_batch(seed=0, size=4, height=16, channels=3):
     batch['reward_observations'] = batch['observations']
     return batch
 
-def make_agent(batch, seed=0, **overrides):
-    """A fresh agent whose parameters, biases and norms included, are all off their initial values, and whose targets differ from them.
 
-    Flow samples are clipped to a narrow range, so that clipping is at work; the last feature counts as constant.
-    """
-    example = dict(batch)
+def make_agent(batch, seed=0, **overrides):
+    """A fresh agent whose parameters, biases and norms included, are all off their initial values, and whose targets
+    differ from them."""
+    example, config = dict(batch), make_config(**overrides)
     if batch['observations'].ndim == 2:
-        varies = jnp.arange(STATE_DIM) < STATE_DIM - 1
-        example['observation_min'] = jnp.where(varies, -0.6, 0.25)
-        example['observation_max'] = jnp.where(varies, 0.9, 0.25)
-    config = make_config(**overrides)
+        example['observation_min'], example['observation_max'] = OBSERVED_RANGE
     agent = jax.jit(lambda key: InFOMAgent.create(key, example, config))(jax.random.key(seed))
     return agent.replace(params=perturb(agent.params, 1, 0.1), target_params=perturb(agent.target_params, 2, 0.1))
+
+
+def with_config(agent, **overrides):
+    """The same agent under another configuration; only values that change no parameter."""
+    return agent.replace(config=ml_collections.FrozenConfigDict({**agent.config.to_dict(), **overrides}))
+
+
+@functools.cache
+def compiled(method, **options):
+    """A method of the agent as a compiled function of (agent, …), shared by the tests: compiling takes longest.
+
+    The agent is an argument, not a constant of the program, which XLA would spend its time on folding.
+    """
+    return jax.jit(functools.partial(getattr(InFOMAgent, method), **options))
 
 
 def perturb(tree, seed, scale):
@@ -74,6 +98,12 @@ def perturb(tree, seed, scale):
     leaves, structure = jax.tree.flatten(tree)
     rng = np.random.default_rng(seed)
     return structure.unflatten([leaf + scale * rng.normal(size=leaf.shape).astype(np.float32) for leaf in leaves])
+
+
+def dot(tree, other):
+    """Inner product of two trees in float64."""
+    products = jax.tree.map(lambda x, y: np.vdot(np.float64(x), np.float64(y)), tree, other)
+    return sum(jax.tree.leaves(products))
 
 
 def random_walks(num_episodes=20, num_transitions=15, seed=0, labelled=False):

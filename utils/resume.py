@@ -88,7 +88,7 @@ def check_same_run(directory, config):
 
 def check_same_data(saved, found, directory):
     """Raises UserError where a data file is not the one that the run in `directory` was started with."""
-    for name in saved.keys() & found.keys():
+    for name in sorted(saved.keys() & found.keys()):
         if saved[name]['fingerprint'] != found[name]['fingerprint']:
             raise UserError(
                 f'the {name} data are not those that the run in {directory} was started with: '

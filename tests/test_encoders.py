@@ -1,0 +1,114 @@
+"""Output shapes, scaling and structure of every named image encoder."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from utils.encoders import ImpalaEncoder, ResNetEncoder, make_encoder
+from utils.errors import UserError
+
+KEY = jax.random.key(0)
+OUTPUT_DIMS = {
+    'impala': 512,
+    'impala_small': 512,
+    'impala_large': 1024,
+    'impala_debug': 512,
+    'resnet_34': 512,
+    'mlp': 512,
+}
+NUM_CONVOLUTIONS = {
+    'impala': 3 * (1 + 2 * 2),
+    'impala_small': 3 * (1 + 2 * 1),
+    'impala_large': 3 * (1 + 2 * 2),
+    'impala_debug': 2 * (1 + 2 * 1),
+    # The first, two a block, and the projections where stages 2 to 4 begin.
+    'resnet_34': 1 + 2 * (3 + 4 + 6 + 3) + 3,
+}
+
+
+def abstract_params(encoder, observations):
+    return jax.eval_shape(encoder.init, KEY, observations)['params']
+
+
+def kernels(params):
+    return [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params) if path[-1].key == 'kernel']
+
+
+@pytest.mark.parametrize('name', list(OUTPUT_DIMS))
+@pytest.mark.parametrize('frames', [1, 3])
+def test_output_shape(name, frames):
+    encoder = make_encoder(name)
+    observations = jnp.zeros((2, 28)) if name == 'mlp' else jnp.zeros((2, 64, 64, 3 * frames), jnp.uint8)
+    output, _ = jax.eval_shape(encoder.init_with_output, KEY, observations)
+    assert output.shape == (2, OUTPUT_DIMS[name])
+    assert output.dtype == jnp.float32
+
+
+@pytest.mark.parametrize('name', list(NUM_CONVOLUTIONS))
+def test_number_of_convolutions(name):
+    params = abstract_params(make_encoder(name), jnp.zeros((1, 64, 64, 3), jnp.uint8))
+    assert sum(kernel.ndim == 4 for kernel in kernels(params)) == NUM_CONVOLUTIONS[name]
+
+
+def test_impala_widths_and_pooling():
+    params = abstract_params(make_encoder('impala_large'), jnp.zeros((1, 64, 64, 9), jnp.uint8))
+    first = [params[f'ImpalaStack_{i}']['Conv_0']['kernel'].shape for i in range(3)]
+    assert first == [(3, 3, 9, 64), (3, 3, 64, 128), (3, 3, 128, 128)]
+    # 64 → 32 → 16 → 8 pixels by pooling alone.
+    dense = [kernel.shape for kernel in kernels(params) if kernel.ndim == 2]
+    assert dense == [(8 * 8 * 128, 1024)]
+
+
+def test_only_group_norm_in_resnet_and_no_norm_in_impala():
+    images = jnp.zeros((1, 32, 32, 3), jnp.uint8)
+    assert 'Norm' not in str(jax.tree.structure(abstract_params(make_encoder('impala'), images)))
+    resnet = str(jax.tree.structure(abstract_params(make_encoder('resnet_34'), images)))
+    assert 'GroupNorm' in resnet and 'BatchNorm' not in resnet and 'LayerNorm' not in resnet
+
+
+def test_impala_rescales_pixels():
+    """uint8 pixels count as x/255: an encoder of floats that are already divided gives the same."""
+    encoder = make_encoder('impala_debug')
+    images = jax.random.randint(KEY, (2, 16, 16, 3), 0, 256).astype(jnp.uint8)
+    params = encoder.init(KEY, images)['params']
+    apply = jax.jit(encoder.apply)
+    features = apply({'params': params}, images)
+    np.testing.assert_allclose(apply({'params': params}, images.astype(jnp.float32)), features, rtol=1e-6)
+    # Biases start at zero, so without the last GELU features are homogeneous in the pixels.
+    zero = apply({'params': params}, jnp.zeros_like(images))
+    assert not zero.any()
+    assert features.shape == (2, 512) and jnp.isfinite(features).all() and features.std() > 1e-3
+
+
+def test_impala_is_shift_sensitive_and_per_image():
+    encoder = ImpalaEncoder((4,), 1, 32)
+    images = jax.random.randint(KEY, (3, 16, 16, 3), 0, 256).astype(jnp.uint8)
+    params = encoder.init(KEY, images)['params']
+    apply = jax.jit(encoder.apply)
+    together = apply({'params': params}, images)
+    alone = jnp.stack([apply({'params': params}, image[None])[0] for image in images])
+    np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-5)
+    assert not np.allclose(together, apply({'params': params}, jnp.roll(images, 3, axis=2)), atol=1e-3)
+
+
+def test_resnet_has_two_coordinate_channels():
+    encoder = ResNetEncoder(stage_sizes=(1,))
+    images = jax.random.randint(KEY, (1, 16, 16, 3), 0, 256).astype(jnp.uint8)
+    params = encoder.init(KEY, images)['params']
+    assert params['Conv_0']['kernel'].shape == (7, 7, 3 + 2, 64)
+    features = encoder.apply({'params': params}, images)
+    assert features.shape == (1, 64) and jnp.isfinite(features).all()
+
+
+def test_convolutions_are_glorot_uniform():
+    params = ImpalaEncoder((32, 32), 1, 16).init(KEY, jnp.zeros((1, 8, 8, 3), jnp.uint8))['params']
+    kernel = params['ImpalaStack_1']['Conv_1']['kernel']
+    bound = np.sqrt(6 / (9 * 32 + 9 * 32))
+    assert 0.98 * bound < jnp.abs(kernel).max() <= bound
+
+
+def test_names():
+    assert make_encoder(None) is None
+    with pytest.raises(UserError, match=r'impala_tiny.*impala_small'):
+        make_encoder('impala_tiny')

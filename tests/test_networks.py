@@ -1,0 +1,108 @@
+"""Shapes, initial ranges and clipping of the modules in `utils/networks.py`; what they compute is compared with NumPy
+in `test_infom_losses.py`."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from utils.networks import MLP, GaussianActor, IntentionEncoder, ScalarHead, gaussian_log_prob
+
+KEY = jax.random.key(0)
+
+
+def leaves_named(params, name):
+    return [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params) if path[-1].key == name]
+
+
+def glorot_bound(kernel, scale=1.0):
+    fan_in, fan_out = kernel.shape[-2:]
+    return np.sqrt(6 * scale / (fan_in + fan_out))
+
+
+def test_mlp_applies_gelu_then_norm_and_ends_in_a_plain_dense():
+    mlp = MLP((16, 8), 3, layer_norm=True)
+    x = jax.random.normal(KEY, (5, 4))
+    params = mlp.init(KEY, x)['params']
+    assert sorted(params) == ['Dense_0', 'Dense_1', 'Dense_2', 'LayerNorm_0', 'LayerNorm_1']
+    assert mlp.apply({'params': params}, x).shape == (5, 3)
+    features = MLP((16, 8), layer_norm=True).apply({'params': {k: v for k, v in params.items() if k != 'Dense_2'}}, x)
+    # The norm comes last: hidden features have mean 0 and variance 1 over the layer.
+    np.testing.assert_allclose(features.mean(-1), 0, atol=1e-5)
+    np.testing.assert_allclose(features.var(-1), 1, atol=1e-3)
+
+
+def test_kernels_are_glorot_uniform_and_biases_zero():
+    params = MLP((256, 128), 64).init(KEY, jnp.zeros((1, 32)))['params']
+    for kernel in leaves_named(params, 'kernel'):
+        bound = glorot_bound(kernel)
+        assert 0.98 * bound < jnp.abs(kernel).max() <= bound
+        np.testing.assert_allclose(kernel.std(), bound / np.sqrt(3), rtol=0.05)
+    assert not any(bias.any() for bias in leaves_named(params, 'bias'))
+
+
+def test_ensemble_members_differ_and_do_not_mix():
+    critic = ScalarHead((32, 32), num_ensembles=2)
+    s, a = jax.random.normal(KEY, (6, 4)), jnp.zeros((6, 2))
+    params = critic.init(KEY, s, a)['params']
+    values = critic.apply({'params': params}, s, a)
+    assert values.shape == (2, 6)
+    assert jnp.abs(values[0] - values[1]).min() > 1e-4
+    for kernel in leaves_named(params, 'kernel'):
+        assert not jnp.allclose(kernel[0], kernel[1])
+        # Fans are those of one member, not of the stack.
+        assert 0.8 * glorot_bound(kernel) < jnp.abs(kernel).max() <= glorot_bound(kernel)
+    only_second = jax.tree.map(lambda p: p.at[0].set(0.0), params)
+    np.testing.assert_array_equal(critic.apply({'params': only_second}, s, a)[1], values[1])
+
+
+def test_single_head_drops_the_last_axis_only():
+    head = ScalarHead((8,))
+    x = jax.random.normal(KEY, (6, 3, 4))
+    params = head.init(KEY, x[:, 0])['params']
+    values = head.apply({'params': params}, x)
+    assert values.shape == (6, 3)
+    np.testing.assert_allclose(values[:, 1], head.apply({'params': params}, x[:, 1]), rtol=1e-5, atol=1e-6)
+
+
+def test_actor_starts_near_zero():
+    actor = GaussianActor(5, (64, 64))
+    s = jax.random.normal(KEY, (7, 10))
+    params = actor.init(KEY, s)['params']
+    means, stds = actor.apply({'params': params}, s)
+    assert means.shape == stds.shape == (7, 5)
+    assert jnp.all(stds == 1)
+    assert 'log_std' not in params
+    kernel = params['mean']['kernel']
+    bound = glorot_bound(kernel, scale=0.01)
+    assert 0.9 * bound < jnp.abs(kernel).max() <= bound
+    assert not any('LayerNorm' in str(path) for path, _ in jax.tree_util.tree_leaves_with_path(params))
+
+
+@pytest.mark.parametrize(('log_std', 'expected'), [(-9.0, -5.0), (0.5, 0.5), (7.0, 2.0)])
+def test_learned_actor_std_is_clipped_and_state_independent(log_std, expected):
+    actor = GaussianActor(3, (8,), const_std=False)
+    s = jax.random.normal(KEY, (4, 2))
+    params = actor.init(KEY, s)['params']
+    assert params['log_std'].shape == (3,) and not params['log_std'].any()
+    _, stds = actor.apply({'params': {**params, 'log_std': jnp.full(3, log_std)}}, s)
+    np.testing.assert_allclose(stds, np.full((4, 3), np.exp(expected)), rtol=1e-5)
+
+
+def test_intention_encoder_clips_log_std():
+    encoder = IntentionEncoder(6, (16,))
+    s, a = jax.random.normal(KEY, (50, 3)), jax.random.normal(KEY, (50, 2))
+    params = encoder.init(KEY, s, a)['params']
+    means, log_stds = encoder.apply({'params': params}, s, a)
+    assert means.shape == log_stds.shape == (50, 6)
+    params['log_std']['kernel'] = params['log_std']['kernel'] * 1e4
+    _, log_stds = encoder.apply({'params': params}, s, a)
+    assert log_stds.min() == -10 and log_stds.max() == 2
+
+
+def test_gaussian_log_prob_sums_over_dimensions():
+    rng = np.random.default_rng(0)
+    x, means, stds = rng.normal(size=(3, 4)), rng.normal(size=(3, 4)), rng.uniform(0.5, 2, (3, 4))
+    expected = scipy.stats.norm(means, stds).logpdf(x).sum(-1)
+    np.testing.assert_allclose(gaussian_log_prob(means, stds, x), expected, rtol=1e-5)

@@ -1,0 +1,156 @@
+"""The compiled chunk: equal to a plain loop, the same for a seed alone or beside others, compiled once, and honest about NaN."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from agents.infom import InFOMAgent
+from tests import tiny
+from utils import datasets, training
+
+SEEDS = [3, 4]
+SMALL = {'num_flow_steps': 3, 'num_flow_goals': 2, 'actor_freq': 2}
+
+
+@pytest.fixture(scope='module')
+def data():
+    """{phase: data set} of the same walks, reward-free and labelled."""
+    return {
+        phase: tiny.make_dataset(tiny.random_walks(labelled=phase == 'finetuning')) for phase in training_phases()
+    }
+
+
+def training_phases():
+    return 'pretraining', 'finetuning'
+
+
+def create(data, seeds=SEEDS, **overrides):
+    config = tiny.make_config(**{**SMALL, **overrides})
+    return training.create_agents(InFOMAgent, seeds, datasets.example_batch(data['pretraining']), config)
+
+
+def chunk(agents, data, phase, start, n, seeds=SEEDS):
+    return training.train_chunk(
+        agents, data[phase], training.stream_keys(seeds, phase), jnp.int32(start), phase=phase, n=n
+    )
+
+
+def solo(agents, i):
+    return jax.tree.map(lambda x: x[i], agents)
+
+
+def assert_close(a, b, atol=2e-5):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol, rtol=2e-4), a, b)
+
+
+def step_by_step(agent, dataset, key, steps, phase):
+    """The same updates as a Python loop over jitted steps."""
+    metrics = []
+
+    @jax.jit
+    def sample(step):
+        batch_key, update_key = jax.random.split(jax.random.fold_in(key, step))
+        return datasets.sample(dataset, batch_key, agent.config.batch_size, agent.needs), update_key
+
+    pretrain = jax.jit(lambda agent, batch, key: agent.pretrain(batch, key))
+    finetune = jax.jit(
+        lambda agent, batch, key, update_actor: agent.finetune(batch, key, update_actor=update_actor), static_argnums=3
+    )
+    for step in steps:
+        batch, update_key = sample(step)
+        if phase == 'pretraining':
+            agent, values = pretrain(agent, batch, update_key)
+        else:
+            agent, values = finetune(agent, batch, update_key, (step + 1) % agent.config.actor_freq == 0)
+        metrics.append(values)
+    return agent, metrics
+
+
+@pytest.mark.parametrize('phase', training_phases())
+def test_a_chunk_is_the_loop_of_its_updates(data, phase):
+    agents = create(data)
+    expected, metrics = step_by_step(
+        solo(agents, 1), data[phase], training.stream_keys(SEEDS, phase)[1], range(4, 12), phase
+    )
+    trained, means = chunk(agents, data, phase, 4, 8)
+    assert_close(solo(trained, 1), expected)
+    for name in ('flow_loss', 'kl_loss'):
+        np.testing.assert_allclose(means[name][0][1], np.mean([m[name] for m in metrics]), rtol=1e-3)
+    if phase == 'finetuning':  # What only the actor's steps have is averaged over those alone.
+        np.testing.assert_allclose(means['actor_q'][0][1], np.mean([m['actor_q'] for m in metrics[1::2]]), rtol=1e-3)
+
+
+@pytest.mark.parametrize('phase', training_phases())
+def test_a_seed_beside_others_is_the_seed_alone(data, phase):
+    together, _ = chunk(create(data), data, phase, 0, 8)
+    alone, _ = chunk(create(data, seeds=[4]), data, phase, 0, 8, seeds=[4])
+    assert_close(solo(together, 1), solo(alone, 0))
+    different = solo(together, 0).params['actor']['mean']['kernel'] - solo(together, 1).params['actor']['mean']['kernel']
+    assert jnp.abs(different).max() > 1e-3
+
+
+@pytest.mark.parametrize('phase', training_phases())
+def test_two_chunks_are_one_of_twice_the_length(data, phase):
+    halves = chunk(create(data), data, phase, 0, 4)[0]
+    halves, _ = chunk(halves, data, phase, 4, 4)
+    whole, _ = chunk(create(data), data, phase, 0, 8)
+    assert_close(halves, whole)
+
+
+def test_one_compilation_a_phase_and_length(data):
+    agents = create(data)
+    sizes = []
+    for start in (0, 4, 8):
+        agents, _ = chunk(agents, data, 'pretraining', start, 4)
+        sizes.append(training.train_chunk._cache_size())
+    assert sizes[0] == sizes[1] == sizes[2]
+
+
+def test_the_agents_buffers_are_donated(data):
+    agents = create(data)
+    kernel = agents.params['actor']['mean']['kernel']
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')  # A buffer that cannot be donated would warn.
+        trained, _ = chunk(agents, data, 'pretraining', 0, 4)
+    assert kernel.is_deleted()
+    assert not data['pretraining'].observations.is_deleted()
+    jax.block_until_ready(trained)
+
+
+def test_the_first_bad_step_is_named(data):
+    """A learning rate that makes the reward model overflow: the step and the metric are those of the plain loop."""
+    labelled = data['finetuning'].replace(rewards=jnp.full_like(data['finetuning'].rewards, jnp.nan))
+    _, metrics = chunk(create(data), {'finetuning': labelled}, 'finetuning', 4, 4)
+    assert metrics['reward_loss'][1].tolist() == [4, 4]
+    assert metrics['flow_loss'][1].tolist() == [-1, -1], 'the flow does not read rewards'
+    assert metrics['critic_loss'][1].tolist() == [5, 5], 'the reward model is NaN after the first update'
+
+
+def test_validation_updates_nothing(data):
+    agents = create(data)
+    before = jax.tree.map(np.array, agents)
+    keys = training.stream_keys(SEEDS, 'validation')
+    metrics = training.validation_metrics(agents, data['finetuning'], keys, jnp.int32(3), phase='finetuning')
+    assert metrics['critic_loss'].shape == (2,) and np.isfinite(metrics['critic_loss']).all()
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.array, agents), before)
+
+
+def test_streams_and_seeds_have_keys_of_their_own():
+    keys = [jax.random.key_data(k).tolist() for s in training.STREAMS for k in training.stream_keys([0, 1, 2], s)]
+    assert len({tuple(key) for key in keys}) == 3 * len(training.STREAMS)
+
+
+def test_the_policy_acts_for_every_seed_in_bounds(data):
+    agents = create(data)
+    policy = training.make_policy(agents, lambda x: x, SEEDS)
+    observations = np.linspace(-3, 3, 4 * tiny.STATE_DIM, dtype=np.float32).reshape(4, -1)
+    actions = policy(observations)
+    assert actions.shape == (2, 4, tiny.ACTION_DIM) and np.abs(actions).max() <= 1
+    np.testing.assert_array_equal(policy(observations), actions)
+    expected = solo(agents, 1).act(jnp.asarray(observations), jax.random.key(9), temperature=0.0)
+    np.testing.assert_allclose(actions[1], expected, atol=1e-6)
+
+
