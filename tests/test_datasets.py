@@ -1,4 +1,5 @@
-"""Rows, episodes and batches: nothing crosses an episode, stacks repeat the first frame, crops agree, labels stay where they belong."""
+"""Rows, episodes and batches: nothing crosses an episode, stacks repeat the first frame, crops agree, labels stay
+where they belong."""
 
 import jax
 import jax.numpy as jnp

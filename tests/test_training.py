@@ -1,4 +1,5 @@
-"""The compiled chunk: equal to a plain loop, the same for a seed alone or beside others, compiled once, and honest about NaN."""
+"""The compiled chunk: equal to a plain loop, the same for a seed alone or beside others, compiled once, and honest
+about NaN."""
 
 import warnings
 
@@ -18,9 +19,7 @@ SMALL = {'num_flow_steps': 3, 'num_flow_goals': 2, 'actor_freq': 2}
 @pytest.fixture(scope='module')
 def data():
     """{phase: data set} of the same walks, reward-free and labelled."""
-    return {
-        phase: tiny.make_dataset(tiny.random_walks(labelled=phase == 'finetuning')) for phase in training_phases()
-    }
+    return {phase: tiny.make_dataset(tiny.random_walks(labelled=phase == 'finetuning')) for phase in training_phases()}
 
 
 def training_phases():
@@ -88,7 +87,9 @@ def test_a_seed_beside_others_is_the_seed_alone(data, phase):
     together, _ = chunk(create(data), data, phase, 0, 8)
     alone, _ = chunk(create(data, seeds=[4]), data, phase, 0, 8, seeds=[4])
     assert_close(solo(together, 1), solo(alone, 0))
-    different = solo(together, 0).params['actor']['mean']['kernel'] - solo(together, 1).params['actor']['mean']['kernel']
+    different = (
+        solo(together, 0).params['actor']['mean']['kernel'] - solo(together, 1).params['actor']['mean']['kernel']
+    )
     assert jnp.abs(different).max() > 1e-3
 
 
@@ -152,5 +153,3 @@ def test_the_policy_acts_for_every_seed_in_bounds(data):
     np.testing.assert_array_equal(policy(observations), actions)
     expected = solo(agents, 1).act(jnp.asarray(observations), jax.random.key(9), temperature=0.0)
     np.testing.assert_allclose(actions[1], expected, atol=1e-6)
-
-
