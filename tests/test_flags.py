@@ -304,7 +304,11 @@ def main(_):
     config = set_up_jax(config)
     import jax
     import jax.numpy as jnp
-    jax.jit(lambda x: jnp.linalg.svd(jnp.sin(x) @ x.T))(jnp.eye(8))
+    def deep(x):  # Long enough to compile that it is worth keeping, on any machine.
+        for layer in range(100):
+            x = jnp.sin(x + layer) @ jnp.cos(x * layer).T
+        return x.sum()
+    jax.jit(jax.grad(deep))(jnp.eye(8))
     print('chunk', config.chunk_size, config.sources['chunk_size'])
     print('devices', jax.device_count(), jax.config.jax_default_matmul_precision, jax.config.jax_compilation_cache_dir)
 
