@@ -267,7 +267,8 @@ def test_fine_tuning_needs_a_checkpoint(tmp_path):
         pass
 
 
-def test_two_processes_cannot_share_a_directory(tmp_path):
+def test_two_processes_cannot_share_a_directory(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, 'LOCK_PATIENCE', 0.3)
     config = make_config(tmp_path)
     with make_experiment(config), pytest.raises(UserError, match='another process'), make_experiment(config):
         pass

@@ -63,7 +63,8 @@ def test_a_directory_in_which_no_file_can_be_made_is_a_user_error():
         runs.require_writable('/proc/self')
 
 
-def test_only_one_process_has_the_lock_and_a_dead_one_has_none(tmp_path):
+def test_only_one_process_has_the_lock_and_a_dead_one_has_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, 'LOCK_PATIENCE', 0.3)
     program = (
         'import sys; from utils.runs import lock_run_directory as l; lock = l(sys.argv[1]); print(lock.name); input()'
     )

@@ -13,6 +13,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Self
@@ -23,6 +24,9 @@ from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+# Seconds to wait for another process to leave a run directory: one that was told to stop may still be saving, and a job
+# that is queued again can start before its predecessor is gone.
+LOCK_PATIENCE = 90.0
 RESERVED_KEYS = ('step', 'phase', 'seed')
 WALL_TIME_KEY = 'time/wall_seconds'  # running time of the whole run so far, resumed parts included
 SCORES = ('episode.success', 'episode.return')
@@ -56,7 +60,7 @@ def lock_run_directory(run_directory: str | os.PathLike) -> IO | None:
     Returns:
         the open lock file, to be held on to; None where the file system has no locks.
     Raises:
-        UserError: another process holds the lock.
+        UserError: another process still holds the lock after `LOCK_PATIENCE` seconds.
     """
     try:
         import fcntl  # not on Windows
@@ -64,17 +68,26 @@ def lock_run_directory(run_directory: str | os.PathLike) -> IO | None:
         return None
     with _as_user_error(run_directory):
         file = open(Path(run_directory) / '.lock', 'w')  # noqa: SIM115 (held for as long as the run)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
-        raise UserError(
-            f'another process is writing to {run_directory}: wait for it, stop it, or choose another --run_name.'
-        ) from error
-    except OSError:  # some network file systems
-        file.close()
-        return None
-    return file
+    deadline = time.monotonic() + LOCK_PATIENCE
+    told = False
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError as error:
+            if time.monotonic() >= deadline:
+                file.close()
+                raise UserError(
+                    f'another process is writing to {run_directory}: '
+                    'wait for it, stop it, or choose another --run_name.'
+                ) from error
+        except OSError:  # some network file systems
+            file.close()
+            return None
+        if not told:
+            logging.warning('another process is writing to %s: waiting %g s for it', run_directory, LOCK_PATIENCE)
+            told = True
+        time.sleep(0.2)
 
 
 def require_writable(directory: str | os.PathLike) -> Path:
