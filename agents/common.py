@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from utils.networks import gaussian_log_prob
 
@@ -21,6 +22,53 @@ def behavioral_cloning(means, stds, actions):
     """
     loss = -gaussian_log_prob(means, stds, actions).mean()
     return loss, {'bc_loss': loss, 'actor_mse': jnp.mean((jnp.clip(means, -1, 1) - actions) ** 2)}
+
+
+def reward_regression(predictions, rewards):
+    """L_R = E(R(s̃) − r)² of a learned reward; predictions, rewards: (B,)."""
+    loss = jnp.mean((predictions - rewards) ** 2)
+    return loss, {'reward_loss': loss, 'reward_prediction': predictions.mean()}
+
+
+def iql_value_loss(target_qs, values, expectile: float):
+    """L_V = E ρ_κ(min_k Q̄_k(s, a) − V(s)) (IQL, arXiv 2110.06169, eq. 5).
+
+    target_qs: (K, B), by the target critics; values: (B,).
+    """
+    loss = expectile_loss(target_qs.min(axis=0) - values, expectile).mean()
+    return loss, {'value_loss': loss, 'v_mean': values.mean(), 'v_max': values.max(), 'v_min': values.min()}
+
+
+def iql_critic_loss(qs, next_values, rewards, masks, discount: float):
+    """L_Q = E Σ_k (Q_k(s, a) − (r + γ·m·sg V(s')))² (IQL, arXiv 2110.06169, eq. 6).
+
+    qs: (K, B); next_values, rewards, masks: (B,).
+    """
+    targets = rewards + discount * masks * lax.stop_gradient(next_values)
+    loss = ((qs - targets) ** 2).sum(axis=0).mean()
+    return loss, {'critic_loss': loss, 'q_mean': qs.mean(), 'q_max': qs.max(), 'q_min': qs.min()}
+
+
+def advantage_weighted_regression(qs, values, means, stds, actions, alpha: float):
+    """L_π = −E sg[w]·log π(a|s) with w = min(exp(α·A), 100), A = min_k Q_k(s, a) − V(s) (AWR, arXiv 1910.00177).
+
+    qs: (K, B), of the data's actions; values: (B,); means, stds, actions: (B, A).
+    """
+    advantages = qs.min(axis=0) - values
+    # The bound is put on the exponent, too: exp must not overflow, even where the result is cut.
+    weights = lax.stop_gradient(jnp.exp(jnp.minimum(alpha * advantages, jnp.log(100.0))))
+    loss = -(weights * gaussian_log_prob(means, stds, actions)).mean()
+    _, bc_metrics = behavioral_cloning(means, stds, actions)
+    return loss, {'actor_loss': loss, 'advantage': advantages.mean(), 'awr_weight': weights.mean(), **bc_metrics}
+
+
+def q_maximization(q, normalize: bool):
+    """−E q for the actor; with `normalize` divided by sg E|q|, which makes its scale independent of the rewards'.
+
+    q: (B,), of the policy's own actions.
+    """
+    loss = -q.mean()
+    return loss / lax.stop_gradient(jnp.abs(q).mean()) if normalize else loss
 
 
 def copy_of(params):

@@ -143,8 +143,7 @@ class InFOMAgent(flax.struct.PyTreeNode):
         """L_R = E(R(s̃) − r)², s̃ the state that the reward belongs to; features carry no gradient to the encoder."""
         features = lax.stop_gradient(self.features(params, batch['reward_observations']))
         predictions = self.networks.reward.apply({'params': params['reward']}, features)
-        loss = jnp.mean((predictions - batch['rewards']) ** 2)
-        return loss, {'reward_loss': loss, 'reward_prediction': predictions.mean()}
+        return common.reward_regression(predictions, batch['rewards'])
 
     def q_targets(self, params, batch, key):
         """y = 1/((1−γ)·N)·Σ_k R(x̂_k), N futures of the online field at (s, a, z), one z per row: (B,). Carries no
@@ -191,11 +190,8 @@ class InFOMAgent(flax.struct.PyTreeNode):
         critic_params = lax.stop_gradient(params['critic'])
         qs = self.networks.critic.apply({'params': critic_params}, batch['observations'], jnp.clip(means, -1, 1))
         q = qs.min(axis=0) if self.config.q_agg == 'min' else qs.mean(axis=0)
-        q_loss = -q.mean()
-        if self.config.normalize_q_loss:
-            q_loss = q_loss / lax.stop_gradient(jnp.abs(q).mean())
         bc_loss, metrics = common.behavioral_cloning(means, stds, batch['actions'])
-        loss = q_loss + self.config.alpha * bc_loss
+        loss = common.q_maximization(q, self.config.normalize_q_loss) + self.config.alpha * bc_loss
         return loss, {'actor_loss': loss, 'actor_q': q.mean(), **metrics}
 
     def pretraining_loss(self, params, batch, key):

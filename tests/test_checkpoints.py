@@ -293,9 +293,11 @@ def truncate(checkpoint):
 def flip_a_bit_of_a_value(checkpoint):
     """The smallest damage there is, where the storage format itself has no checksum."""
     kernel = np.arange(1200, dtype=np.float32).tobytes()
-    content = bytearray(values_file(checkpoint).read_bytes())
+    # Which of its files gets which array is the storage's business, and differs from save to save.
+    (file,) = (file for file in (checkpoint / 'state').rglob('d/*') if kernel in file.read_bytes())
+    content = bytearray(file.read_bytes())
     content[content.index(kernel) + 4] ^= 1
-    values_file(checkpoint).write_bytes(content)
+    file.write_bytes(content)
 
 
 def remove_values(checkpoint):

@@ -105,8 +105,7 @@ class ScalarHead(nn.Module):
 
 
 class GaussianActor(nn.Module):
-    """Gaussian policy with a state-independent standard deviation: returns mean (B, A) and std, broadcastable to the
-    mean.
+    """Gaussian policy π(a | s, …) with a state-independent standard deviation: mean and std, both (B, A).
 
     `const_std` fixes the standard deviation at 1; otherwise log std is a learned vector clipped to [−5, 2].
     """
@@ -118,10 +117,10 @@ class GaussianActor(nn.Module):
     encoder: nn.Module | None = None
 
     @nn.compact
-    def __call__(self, observations):
+    def __call__(self, observations, *inputs):
         if self.encoder is not None:
             observations = self.encoder(observations)
-        features = MLP(self.hidden_dims, layer_norm=self.layer_norm)(observations)
+        features = MLP(self.hidden_dims, layer_norm=self.layer_norm)(jnp.concatenate([observations, *inputs], axis=-1))
         means = dense(self.action_dim, 0.01, 'mean')(features)
         if self.const_std:
             return means, jnp.ones_like(means)
