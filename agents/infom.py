@@ -117,16 +117,16 @@ class InFOMAgent(flax.struct.PyTreeNode):
         future_x = times * futures + (1 - times) * next_noise
         future_target = self.velocity(self.target_params, future_x, times, next_condition)
 
-        # One forward pass for both terms; z is a constant in the future half.
-        conditions = [
-            self.condition(params, states, batch['actions'], latents),
-            self.condition(params, states, batch['actions'], lax.stop_gradient(latents)),
-        ]
+        # One forward pass for both terms; their conditions are the same, but z is a constant in the future one.
+        future_condition = self.condition(params, states, batch['actions'], lax.stop_gradient(latents))
+        current_condition = self.networks.vector_field.apply(
+            {'params': params['vector_field']}, future_condition, latents, method='through_last'
+        )
         velocities = self.velocity(
             params,
             jnp.concatenate([current_x, future_x]),
             jnp.concatenate([times, times]),
-            jnp.concatenate(conditions),
+            jnp.concatenate([current_condition, future_condition]),
         )
         targets = jnp.concatenate([current_target, future_target])
         current_loss, future_loss = jnp.split(jnp.mean((velocities - targets) ** 2, axis=-1), 2)

@@ -107,16 +107,7 @@ def make_problem(agent: str, env_name: str, preset: str, rows: int) -> Problem:
     config.update(settings.agent)
     raw = synthetic_rows(rows, *task.observation_shape, task.action_size)
     normalizer = Normalizer.fit(raw['observations'], settings.flags['obs_norm_type'])
-    return Problem(agent_class(module), ml_collections.FrozenConfigDict(config), raw, normalizer, task.reward_at)
-
-
-def agent_class(module):
-    """The agent's class of a module of `agents/`: the one with both updates."""
-    return next(
-        value
-        for value in vars(module).values()
-        if isinstance(value, type) and hasattr(value, 'pretrain') and hasattr(value, 'finetune')
-    )
+    return Problem(module.AGENT, ml_collections.FrozenConfigDict(config), raw, normalizer, task.reward_at)
 
 
 def timed(run) -> float:

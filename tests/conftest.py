@@ -1,5 +1,5 @@
-"""Settings of every test: JAX on the CPU with exact float32 matrix products, and compiled functions kept between runs
-of the tests.
+"""Settings of every test: JAX on the CPU with exact float32 matrix products, programs compiled in a hurry, and kept
+between runs of the tests.
 
 Fixtures belong to the files that use them, shared problems and configurations to `tests/tiny.py`. The compilation
 cache lives in pytest's own cache directory: `pytest --cache-clear` empties it, `-p no:cacheprovider` does without.
@@ -8,6 +8,15 @@ cache lives in pytest's own cache directory: `pytest --cache-clear` empties it, 
 import os
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+# The tests compile much and compute little: without LLVM's optimisation they take a third of the time. The processes
+# that they start inherit this.
+if 'xla_backend_optimization_level' not in os.environ.get('XLA_FLAGS', ''):
+    os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_backend_optimization_level=0'.strip()
+# A core for each of the processes that share the tests: XLA's threads of one would get in the way of the other's.
+if 'PYTEST_XDIST_WORKER' in os.environ and hasattr(os, 'sched_setaffinity'):
+    cores, number = sorted(os.sched_getaffinity(0)), int(os.environ['PYTEST_XDIST_WORKER'].removeprefix('gw'))
+    if int(os.environ['PYTEST_XDIST_WORKER_COUNT']) == len(cores):
+        os.sched_setaffinity(0, {cores[number % len(cores)]})
 
 import jax
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from tests.tiny import perturb
-from utils.flows import clipping_bounds, euler_integrate
+from utils import flows
+from utils.flows import clipping_bounds, euler_integrate, map_rows
 from utils.networks import MLP, VectorField
 
 STATE_DIM, ACTION_DIM, LATENT_DIM, BATCH_SIZE, SAMPLES = 7, 3, 6, 12, 4
@@ -115,3 +116,22 @@ def test_clipping_bounds_leave_constant_features_alone():
     clipped = euler_integrate(lambda x, t: jnp.zeros_like(x), x, 1, (lower, upper))
     assert jnp.array_equal(clipped[:, 1:3], x[:, 1:3])
     assert jnp.all(clipped[:, 0] < 3) and jnp.all(clipped[:, 0] > -2)
+
+
+@pytest.mark.parametrize('samples_per_row', [3, 5, 40])
+def test_mapping_rows_in_blocks_is_mapping_them_at_once(samples_per_row, monkeypatch):
+    """13 rows: in blocks that do not divide them, and one row at a time where a row fills a block by itself."""
+    monkeypatch.setattr(flows, 'CPU_BLOCK', 20)
+    noise = jax.random.normal(jax.random.key(0), (13, samples_per_row, 4))
+    condition = jax.random.normal(jax.random.key(1), (13, 4))
+
+    def function(noise, condition):
+        return jnp.tanh(noise * condition).sum(axis=-1)
+
+    def mapped(noise, condition):
+        return map_rows(function, noise, condition, samples_per_row=samples_per_row)
+
+    expected = jax.vmap(function)(noise, condition)
+    np.testing.assert_allclose(jax.jit(mapped)(noise, condition), expected, rtol=1e-6)
+    two_seeds = jax.jit(jax.vmap(mapped))(jnp.stack([noise, -noise]), jnp.stack([condition, condition]))
+    np.testing.assert_allclose(two_seeds, jnp.stack([expected, -expected]), rtol=1e-6)

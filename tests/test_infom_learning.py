@@ -1,4 +1,4 @@
-"""What InFOM learns on problems with a known answer: the occupancy of a chain, the better of two arms.
+"""What InFOM learns on problems with a known answer: the occupancy of a chain, two intentions, the better of two arms.
 
 Learning runs of seconds, on two seeds each; tolerances are some 1.5 times the largest error seen over seeds.
 """
@@ -102,6 +102,56 @@ def test_flow_samples_match_the_discounted_occupancy_of_a_chain():
             gaps.append(abs(float(state != switches) - expected))
     assert np.mean(errors) < 0.1 and np.max(errors) < 0.2, f'total variation {np.round(errors, 3)}'
     assert np.mean(gaps) > 0.4, 'the problem is one that needs bootstrapping'
+
+
+# -------------------------------------------------------------------------------------------------------- intentions
+
+
+def two_behaviours(num_episodes=800, length=5):
+    """From 0, where both take action 0, one behaviour goes to 2 and stays there with actions 0.8, the other to −2 with
+    −0.8: what comes after the start is known from (s', a') alone."""
+    rng = np.random.default_rng(0)
+    behaviour = np.repeat([1.0, -1.0], num_episodes // 2)[:, None]
+    later = np.arange(length) > 0
+    states = later * (2.0 * behaviour + 0.02 * rng.normal(size=(num_episodes, length)))
+    return rows_of(states[..., None], (later * 0.8 * behaviour)[..., None])
+
+
+def test_inferred_intentions_lead_to_where_their_behaviour_goes():
+    """Given z ~ q(z | s', a') of one behaviour, futures of the common start lie on its side; given z ~ N(0, I), on
+    either side.
+
+    A small KL weight: z has gradient through the current state's term alone, which (s, a) explains without z, so a
+    large one empties z. And s', a' hardly differ along an episode: the field at (s', a') is asked about the z of the
+    row before.
+    """
+    dataset = make_dataset(two_behaviours())
+    config = small_config(kl_weight=0.001, latent_dim=4)
+    agents = training.create_agents(InFOMAgent, SEEDS, datasets.example_batch(dataset), config)
+    agents = train(agents, dataset, 'pretraining', 1200)
+    behaviour = np.repeat([1.0, -1.0], 1000)[:, None]
+
+    def futures(agent, latents_of):
+        latent_key, noise_key = jax.random.split(jax.random.key(3))
+        start = jnp.zeros((len(behaviour), 1))
+        condition = agent.condition(agent.params, start, start, latents_of(agent, latent_key))
+        return agent.sample_futures(agent.params, jax.random.normal(noise_key, start.shape), condition)
+
+    def inferred(agent, key):
+        batch = {'next_observations': 2.0 * behaviour, 'next_actions': 0.8 * behaviour}
+        return agent.infer_intentions(agent.params, batch, key)[0]
+
+    def prior(agent, key):
+        return jax.random.normal(key, (len(behaviour), agent.config.latent_dim))
+
+    def share_on_its_side(latents_of):
+        samples = np.asarray(jax.vmap(lambda agent: futures(agent, latents_of))(agents))
+        moved = np.abs(samples) > 0.5  # A share 1 − γ of the occupancy is the start itself.
+        assert moved.mean() > 0.8
+        return (moved & (samples * behaviour > 0)).sum(axis=(1, 2)) / moved.sum(axis=(1, 2))
+
+    assert share_on_its_side(inferred).min() > 0.8, f'{share_on_its_side(inferred)}'
+    assert np.abs(share_on_its_side(prior) - 0.5).max() < 0.1, f'{share_on_its_side(prior)}'
 
 
 # ---------------------------------------------------------------------------------------------- expectile and policy

@@ -1,6 +1,7 @@
 """The compiled chunk: equal to a plain loop, the same for a seed alone or beside others, compiled once, and honest
 about NaN."""
 
+import contextlib
 import warnings
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 
 from agents.infom import InFOMAgent
 from tests import tiny
-from utils import datasets, training
+from utils import batches, datasets, training
 
 SEEDS = [3, 4]
 SMALL = {'num_flow_steps': 3, 'num_flow_goals': 2, 'actor_freq': 2}
@@ -128,6 +129,39 @@ def test_the_first_bad_step_is_named(data):
     assert metrics['reward_loss'][1].tolist() == [4, 4]
     assert metrics['flow_loss'][1].tolist() == [-1, -1], 'the flow does not read rewards'
     assert metrics['critic_loss'][1].tolist() == [5, 5], 'the reward model is NaN after the first update'
+
+
+@pytest.mark.parametrize('phase', training_phases())
+def test_batches_drawn_on_the_host_are_those_drawn_on_the_device(data, phase, monkeypatch):
+    """In chunks of 8, and in the shorter ones that limited memory asks for."""
+    keys = training.stream_keys(SEEDS, phase)
+    expected, _ = chunk(create(data), data, phase, 0, 16)
+    batch_bytes = 2 * tiny.BATCH_SIZE * 4 * (2 * tiny.STATE_DIM + 2 * tiny.ACTION_DIM + 10)
+    for limit, length in ((1 << 20, 8), (5 * batch_bytes, 4)):
+        monkeypatch.setattr(batches, 'PREFETCHED_BYTES', limit)
+        agents = create(data)
+        source = batches.HostBatches(data[phase], 8, agents=agents, keys=keys, block=2)
+        assert source.n == length
+        with contextlib.closing(source):
+            for start in range(0, 16, length):
+                agents, _ = training.train_chunk(
+                    agents, source.chunk(start), keys, jnp.int32(start), phase=phase, n=length
+                )
+        assert_close(agents, expected)
+
+
+def test_data_stay_on_the_host_where_the_device_has_no_room(data, monkeypatch):
+    class Device:
+        def memory_stats(self):
+            return {'bytes_limit': size / 0.5}
+
+    size = sum(array.nbytes for array in jax.tree.leaves(data['finetuning']))
+    assert batches.choose_location(data['finetuning'], 'auto') == 'device', 'a CPU has no memory of its own'
+    monkeypatch.setattr(jax, 'local_devices', lambda: [Device()])
+    assert batches.choose_location(data['finetuning'], 'auto') == 'device'
+    size *= 0.5
+    assert batches.choose_location(data['finetuning'], 'auto') == 'host'
+    assert batches.choose_location(data['finetuning'], 'device') == 'device'
 
 
 def test_validation_updates_nothing(data):

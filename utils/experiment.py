@@ -22,7 +22,7 @@ from absl import logging
 from tqdm import tqdm
 
 import agents as agent_registry
-from utils import checkpoints, datasets, resume, runs, training
+from utils import batches, checkpoints, datasets, resume, runs, training
 from utils.errors import TrainingDiverged, UserError
 from utils.normalizers import Normalizer
 from utils.wandb_sink import WandbSink
@@ -149,7 +149,7 @@ class Experiment:
         )
 
     def _load_phase(self, phase):
-        """(phase, training set, validation set) on the device; fits the normaliser if there is none yet."""
+        """(phase, training set, validation set) in the host's memory; fits the normaliser if there is none yet."""
         config = self.config
         size = config.pretraining_size if phase == 'pretraining' else config.finetuning_size
         raw = {}
@@ -193,9 +193,9 @@ class Experiment:
             self._write_config()  # Now with the fingerprints of the labelled data.
         if self.phase != 'finetuning':
             self.offset, self.phase, self.phase_step = self.phase_step, 'finetuning', 0
-            data = jax.device_put(self._data[1])
             keys = training.stream_keys(self.seeds, 'begin_finetuning')
-            self.agents = training.begin_finetuning(self.agents, data, keys)
+            # Drawn on the host: once, and the data set may be larger than the device.
+            self.agents = training.begin_finetuning(self.agents, batches.on_host(self._data[1]), keys)
             self._evaluation_due = True
         if self._evaluation_due and not self._evaluate():
             self._stop()  # What led here is on disk already.
@@ -206,18 +206,20 @@ class Experiment:
         config = self.config
         if self.phase_step >= total:
             return
-        dataset, validation = jax.device_put(self._data[1]), jax.device_put(self._data[2])
         keys = training.stream_keys(self.seeds, phase)
-        validation_keys = training.stream_keys(self.seeds, 'validation')
-        n = config.chunk_size
-        chunk, seconds = training.compile_chunk(self.agents, dataset, keys, phase=phase, n=n)
+        source = self._make_source(phase, keys)
+        n = self._chunk_size = source.n
+        chunk, seconds = training.compile_chunk(self.agents, source.chunk(self.phase_step), keys, phase=phase, n=n)
         logging.info('%s: compiled a chunk of %d updates in %.1f s', phase, n, seconds)
+        validation, validation_keys = jax.device_put(self._data[2]), training.stream_keys(self.seeds, 'validation')
+        validate = training.compile_validation(self.agents, validation, validation_keys, phase=phase)
         bar = tqdm(total=total, initial=self.phase_step, desc=phase, unit='update', dynamic_ncols=True, smoothing=0.1)
         in_flight = None  # (end step, device metrics, validation metrics or None) of the chunk that is running.
         self._interval_began, self._paused = time.perf_counter(), 0.0
-        with bar:
+        with bar, contextlib.closing(source):
             while self.phase_step < total:
-                self.agents, metrics = chunk(self.agents, dataset, keys, jnp.int32(self.phase_step))
+                drawn_from = source.chunk(self.phase_step)
+                self.agents, metrics = chunk(self.agents, drawn_from, keys, jnp.int32(self.phase_step))
                 self.phase_step += n
                 if in_flight is not None:
                     self._collect(*in_flight, bar)
@@ -226,9 +228,7 @@ class Experiment:
                 ends = self.phase_step >= total
                 validated = None
                 if logs or ends:  # Before the next chunk: it is given the agents' buffers.
-                    validated = training.validation_metrics(
-                        self.agents, validation, validation_keys, jnp.int32(self.phase_step), phase=phase
-                    )
+                    validated = validate(self.agents, validation, validation_keys, jnp.int32(self.phase_step))
                 in_flight = (self.phase_step, metrics, validated)
                 if evaluates or saves or ends or self._stop_signal:
                     self._collect(*in_flight, bar)
@@ -241,6 +241,15 @@ class Experiment:
                     if self._stop_signal:
                         self._stop()
 
+    def _make_source(self, phase, keys):
+        """The training set where `--dataset_location` wants it."""
+        dataset, n = self._data[1], self.config.chunk_size
+        location = batches.choose_location(dataset, self.config.dataset_location)
+        logging.info('%s: batches are drawn from data on the %s', phase, location)
+        if location == 'device':
+            return batches.DeviceBatches(dataset, n)
+        return batches.HostBatches(dataset, n, agents=self.agents, keys=keys, block=self.config.block)
+
     def _collect(self, end_step, metrics, validated, bar):
         """Fetches one chunk's metrics, stops on NaN, and writes a log line where an interval ends."""
         metrics = jax.device_get(metrics)
@@ -252,7 +261,7 @@ class Experiment:
         validated = jax.device_get(validated)
         now = time.perf_counter()
         updates_per_second = (
-            len(self._partial) * self.config.chunk_size / max(now - self._interval_began - self._paused, 1e-9)
+            len(self._partial) * self._chunk_size / max(now - self._interval_began - self._paused, 1e-9)
         )
         self._interval_began, self._paused = now, 0.0
         speed = {

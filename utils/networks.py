@@ -47,6 +47,21 @@ def _matmul_backward(residuals, gradient):
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
+@jax.custom_vjp
+def gradient_through(product, x, kernel):
+    """`product` unchanged, with the gradient to x (…, I) that x @ kernel (I, O), one of its summands, would pass on.
+
+    For a product that was computed with x as a constant; the kernel has its gradient from there and gets none here.
+    """
+    del x, kernel
+    return product
+
+
+gradient_through.defvjp(
+    lambda product, x, kernel: (product, kernel), lambda kernel, gradient: (gradient, gradient @ kernel.T, None)
+)
+
+
 def dense(features: int, scale: float = 1.0, name: str | None = None):
     """nn.Dense with this file's initialiser (`scale` as in `kernel_init`) and `matmul`."""
 
@@ -175,6 +190,14 @@ class VectorField(nn.Module):
         """The first layer's constant part for conditions s, a, (z), each (B, ·): (B, H)."""
         kernel = self.first_kernel[self.output_dim + 1 :]
         return matmul(jnp.concatenate(conditions, axis=-1), kernel) + self.first_bias
+
+    def through_last(self, condition, last):
+        """`condition` of constants, with the gradient to the last of them, `last` (B, Z), restored.
+
+        Where one condition serves with and without that gradient, its product and its kernel's gradient are computed
+        once.
+        """
+        return gradient_through(condition, last, self.first_kernel[-last.shape[-1] :])
 
     def __call__(self, x, times, condition):
         """Velocity at x (…, D) and times (…, 1) or a scalar, given `condition` (…, H), broadcast against x."""

@@ -6,6 +6,7 @@ log, evaluate or save, and everything that touches files, is `utils/experiment.p
 
 import functools
 import time
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,29 +33,73 @@ def num_seeds(agents) -> int:
     return jax.tree.leaves(agents)[0].shape[0]
 
 
-def over_seeds(function, agents, keys):
-    """`function(agent, key)` for every seed: vmapped, or for a single seed called without the seed axis.
+def over_seeds(function, agents, *others):
+    """`function(agent, *others)` for every seed: vmapped, or for a single seed called without the seed axis.
 
     A leading axis of 1 is not free: on CPUs XLA's column sums and optimiser arithmetic take three to six times as long
     on (1, H, H) as on (H, H).
     """
     if num_seeds(agents) > 1:
-        return jax.vmap(function)(agents, keys)
-    outputs = function(jax.tree.map(lambda x: x[0], agents), keys[0])
+        return jax.vmap(function)(agents, *others)
+    outputs = function(*jax.tree.map(lambda x: x[0], (agents, *others)))
     return jax.tree.map(lambda x: x[None], outputs)
 
 
-def _update(agent, dataset, key, step, phase, **options):
-    batch_key, update_key = jax.random.split(jax.random.fold_in(key, step))
-    batch = datasets.sample(dataset, batch_key, agent.config.batch_size, agent.needs)
+# ---------------------------------------------------------------------------------------------------------- batches
+
+
+class BatchSpec(NamedTuple):
+    """What an agent's batches are; hashable, so that compiled functions can be chosen by it."""
+
+    size: int
+    needs: frozenset[str]
+
+
+def batch_spec(agents) -> BatchSpec:
+    return BatchSpec(agents.config.batch_size, agents.needs)
+
+
+def step_keys(key, step):
+    """(key of the batch, key of the update) of one step of a phase."""
+    return jax.random.split(jax.random.fold_in(key, step))
+
+
+def draw(dataset, key, spec: BatchSpec):
+    """One batch (B, …): the only place where training draws one, whether on the device or on the host."""
+    return datasets.sample(dataset, key, spec.size, spec.needs)
+
+
+@functools.partial(jax.jit, static_argnames=('spec', 'n'))
+def draw_chunk(dataset, keys, start, *, spec: BatchSpec, n: int):
+    """The batches (S, n, B, …) that `train_chunk` would draw from a data set for its updates, drawn ahead of them."""
+
+    def draw_step(key, step):
+        return draw(dataset, step_keys(key, step)[0], spec)
+
+    # One step after the other: a gather of all batches at once is no faster, and takes more memory.
+    return jax.vmap(lambda key: jax.lax.map(lambda step: draw_step(key, step), start + jnp.arange(n)))(keys)
+
+
+# ----------------------------------------------------------------------------------------------------------- chunks
+
+
+def _update(agent, source, key, step, phase, **options):
+    """One update on a batch drawn from the data set `source`, or on `source` itself where that is a batch."""
+    batch_key, update_key = step_keys(key, step)
+    batch = draw(source, batch_key, batch_spec(agent)) if isinstance(source, datasets.Dataset) else source
     return (agent.pretrain if phase == 'pretraining' else agent.finetune)(batch, update_key, **options)
 
 
-def _scan_updates(agent, dataset, key, steps, phase, **options):
-    def body(agent, step):
-        return _update(agent, dataset, key, step, phase, **options)
+def _scan_updates(agent, source, key, steps, phase, **options):
+    """`source`: the data set, or the steps' batches (n, B, …)."""
+    if isinstance(source, datasets.Dataset):
+        return jax.lax.scan(lambda agent, step: _update(agent, source, key, step, phase, **options), agent, steps)
 
-    return jax.lax.scan(body, agent, steps)
+    def body(agent, step_and_batch):
+        step, batch = step_and_batch
+        return _update(agent, batch, key, step, phase, **options)
+
+    return jax.lax.scan(body, agent, (steps, source))
 
 
 def _reduce(metrics, steps):
@@ -67,47 +112,59 @@ def _reduce(metrics, steps):
     return {name: (values.mean(), first_bad(values)) for name, values in metrics.items()}
 
 
-def _pretrain_chunk(agent, dataset, key, start, n):
+def _pretrain_chunk(agent, source, key, start, n):
     steps = start + jnp.arange(n)
-    agent, metrics = _scan_updates(agent, dataset, key, steps, 'pretraining')
+    agent, metrics = _scan_updates(agent, source, key, steps, 'pretraining')
     return agent, _reduce(metrics, steps)
 
 
-def _finetune_chunk(agent, dataset, key, start, n):
+def _finetune_chunk(agent, source, key, start, n):
     """Blocks of `actor_freq` updates, the last of which trains the actor: no branch on the step, which vmap would
     execute twice."""
     freq = agent.config.actor_freq
+    on_device = isinstance(source, datasets.Dataset)
 
-    def block(agent, steps):
-        agent, without_actor = _scan_updates(agent, dataset, key, steps[:-1], 'finetuning', update_actor=False)
-        agent, with_actor = _update(agent, dataset, key, steps[-1], 'finetuning', update_actor=True)
+    def block(agent, steps_and_batches):
+        steps, batches = steps_and_batches
+        first, last = (source, source) if on_device else split_last(batches)
+        agent, without_actor = _scan_updates(agent, first, key, steps[:-1], 'finetuning', update_actor=False)
+        agent, with_actor = _update(agent, last, key, steps[-1], 'finetuning', update_actor=True)
         # The loss of a step with the actor has a term more: metrics are those of the steps that have them.
         common = {k: jnp.append(v, with_actor[k]) for k, v in without_actor.items() if k != 'loss'}
         return agent, (common, {k: v for k, v in with_actor.items() if k not in common})
 
+    def split_last(batches):
+        return jax.tree.map(lambda x: x[:-1], batches), jax.tree.map(lambda x: x[-1], batches)
+
     steps = start + jnp.arange(n).reshape(-1, freq)
-    agent, (common, actor) = jax.lax.scan(block, agent, steps)
+    blocks = None if on_device else jax.tree.map(lambda x: x.reshape(-1, freq, *x.shape[1:]), source)
+    agent, (common, actor) = jax.lax.scan(block, agent, (steps, blocks))
     flat = {k: v.reshape(-1) for k, v in common.items()}
     return agent, {**_reduce(flat, steps.reshape(-1)), **_reduce(actor, steps[:, -1])}
 
 
 @functools.partial(jax.jit, static_argnames=('phase', 'n'), donate_argnames='agents')
-def train_chunk(agents, dataset, keys, start, *, phase: str, n: int):
+def train_chunk(agents, source, keys, start, *, phase: str, n: int):
     """`n` updates of every seed, starting after `start` updates of this phase; one compilation for each (phase, n).
 
-    keys (S,): the phase's stream. Returns (agents, {metric: (mean (S,), first non-finite step (S,) or −1)}); `agents`
-    is donated.
+    source: the `Dataset` on the device, or the updates' batches by `draw_chunk`. keys (S,): the phase's stream.
+    Returns (agents, {metric: (mean (S,), first non-finite step (S,) or −1)}); `agents` is donated.
     In fine-tuning, start and n are multiples of `actor_freq`.
     """
     chunk = _pretrain_chunk if phase == 'pretraining' else _finetune_chunk
-    return over_seeds(lambda agent, key: chunk(agent, dataset, key, start, n), agents, keys)
+    if isinstance(source, datasets.Dataset):
+        return over_seeds(lambda agent, key: chunk(agent, source, key, start, n), agents, keys)
+    return over_seeds(lambda agent, key, batches: chunk(agent, batches, key, start, n), agents, keys, source)
 
 
-def compile_chunk(agents, dataset, keys, *, phase: str, n: int):
-    """Compiles `train_chunk` ahead of time; returns (function of (agents, dataset, keys, start), seconds)."""
+def compile_chunk(agents, source, keys, *, phase: str, n: int):
+    """Compiles `train_chunk` ahead of time; returns (function of (agents, source, keys, start), seconds)."""
     began = time.perf_counter()
-    compiled = train_chunk.lower(agents, dataset, keys, jnp.int32(0), phase=phase, n=n).compile()
+    compiled = train_chunk.lower(agents, source, keys, jnp.int32(0), phase=phase, n=n).compile()
     return compiled, time.perf_counter() - began
+
+
+# ------------------------------------------------------------------------------------- between the chunks, and after
 
 
 @functools.partial(jax.jit, static_argnames='phase')
@@ -115,25 +172,42 @@ def validation_metrics(agents, dataset, keys, step, *, phase: str):
     """Metrics of the phase's loss on one validation batch for each seed: {metric: (S,)}; nothing is updated."""
 
     def one_seed(agent, key):
-        batch_key, loss_key = jax.random.split(jax.random.fold_in(key, step))
-        batch = datasets.sample(dataset, batch_key, agent.config.batch_size, agent.needs)
+        batch_key, loss_key = step_keys(key, step)
         loss = agent.pretraining_loss if phase == 'pretraining' else agent.finetuning_loss
-        return loss(agent.params, batch, loss_key)[1]
+        return loss(agent.params, draw(dataset, batch_key, batch_spec(agent)), loss_key)[1]
 
     return jax.vmap(one_seed)(agents, keys)
+
+
+def compile_validation(agents, dataset, keys, *, phase: str):
+    """Compiles `validation_metrics` ahead of time; returns a function of (agents, dataset, keys, step)."""
+    return validation_metrics.lower(agents, dataset, keys, jnp.int32(0), phase=phase).compile()
+
+
+@functools.partial(jax.jit, static_argnames='spec')
+def _draw_labelled(dataset, keys, *, spec: BatchSpec):
+    return jax.vmap(lambda key: draw(dataset, key, spec))(keys)
 
 
 @functools.partial(jax.jit, donate_argnames='agents')
+def _begin_finetuning(agents, batches, keys):
+    return jax.vmap(lambda agent, batch, key: agent.begin_finetuning(batch, key))(agents, batches, keys)
+
+
 def begin_finetuning(agents, dataset, keys):
     """Every seed's `begin_finetuning` on a labelled batch of its own (the agent's `num_latent_inference_samples`, or
-    one batch)."""
+    one batch). `agents` is donated; the batches are drawn where `dataset` is."""
+    batch_keys, agent_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+    spec = batch_spec(agents)
+    spec = spec._replace(size=agents.config.get('num_latent_inference_samples', spec.size))
+    drawn = _draw_labelled(dataset, jax.device_put(batch_keys, _device_of(dataset)), spec=spec)
+    return _begin_finetuning(agents, jax.device_put(drawn, _device_of(agents)), agent_keys)
 
-    def one_seed(agent, key):
-        batch_key, agent_key = jax.random.split(key)
-        size = agent.config.get('num_latent_inference_samples', agent.config.batch_size)
-        return agent.begin_finetuning(datasets.sample(dataset, batch_key, size, agent.needs), agent_key)
 
-    return jax.vmap(one_seed)(agents, keys)
+def _device_of(tree):
+    """The device of a pytree's arrays; NumPy arrays are on the default one."""
+    array = jax.tree.leaves(tree)[0]
+    return array.device if isinstance(array, jax.Array) else jax.local_devices()[0]
 
 
 def make_policy(agents, normalizer, seeds, temperature: float = 0.0):
