@@ -193,3 +193,13 @@ class VectorField(nn.Module):
 def gaussian_log_prob(means, stds, x):
     """log N(x; means, diag stds²), summed over the last axis: (…, A) → (…)."""
     return jax.scipy.stats.norm.logpdf(x, means, stds).sum(axis=-1)
+
+
+def tanh_gaussian_log_prob(means, stds, actions):
+    """log density at actions in (−1, 1) of tanh(u), u ~ N(means, diag stds²), summed over the last axis: (…, A) → (…).
+
+    Subtracts log(1 − a²), the log derivative of tanh, written so that it stays exact near ±1 (SAC, arXiv 1812.05905,
+    appendix C).
+    """
+    log_derivatives = jnp.log1p(actions) + jnp.log1p(-actions)
+    return gaussian_log_prob(means, stds, jnp.arctanh(actions)) - log_derivatives.sum(axis=-1)
