@@ -21,6 +21,10 @@ PRETRAINED_SETTINGS = (
     'actor_layer_norm',
     'reward_layer_norm',
     'intention_encoder_layer_norm',
+    'tanh_squash',
+    'encoder_hidden_dims',
+    'transition_hidden_dims',
+    'transition_layer_norm',
 )
 # Run settings that may change between two starts of one run: they decide what is shown, where, or how long, never what
 # is learned.
