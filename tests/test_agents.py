@@ -48,6 +48,15 @@ ROWS = {
         targets={'pretrain': set(), 'finetune': {'critic'}, 'finetune_actor': {'critic'}},
     ),
     'rebrac': Row(pretrained={'actor'}, finetuned={'critic'}, targets=ACTOR_STEPS),
+    'dino_rebrac': Row(
+        pretrained={'encoder', 'actor'}, finetuned={'critic'}, targets={**ACTOR_STEPS, 'pretrain': {'encoder'}}
+    ),
+    'mbpo_rebrac': Row(
+        pretrained={'transition', 'actor'},
+        finetuned={'transition', 'reward', 'critic'},
+        targets=ACTOR_STEPS,
+        images=False,
+    ),
 }
 
 
@@ -340,13 +349,22 @@ COMMON_DEFAULTS = dict(
     lr=3e-4, actor_lr=None, batch_size=256, discount=0.99, tau=0.005, actor_freq=4, actor_layer_norm=False,
     const_std=True, value_layer_norm=True, actor_hidden_dims=(512,) * 4, value_hidden_dims=(512,) * 4,
 )  # fmt: skip
+REBRAC_DEFAULTS = dict(
+    tanh_squash=True, alpha_actor=0.1, alpha_critic=0.1, actor_noise=0.2, actor_noise_clip=0.5, normalize_q_loss=True
+)
 DEFAULTS = {
     'infom': dict(latent_dim=512, kl_weight=0.01, alpha=10.0, num_flow_goals=16, num_flow_steps=10, encoder=None),
     'iql': dict(alpha=10.0, actor_loss='awr', expectile=0.9, encoder=None),
-    'rebrac': dict(
-        tanh_squash=True, alpha_actor=0.1, alpha_critic=0.1, actor_noise=0.2, actor_noise_clip=0.5, encoder=None
+    'rebrac': dict(**REBRAC_DEFAULTS, encoder=None),
+    'dino_rebrac': dict(
+        **REBRAC_DEFAULTS, repr_noise=0.2, repr_noise_clip=0.2, repr_temp=0.1, target_repr_temp=0.04, center_rate=0.1,
+        encoder='mlp', encoder_hidden_dims=(512,) * 4,
     ),
-}
+    'mbpo_rebrac': dict(
+        **REBRAC_DEFAULTS, num_model_rollouts=256, num_model_rollout_steps=2, transition_layer_norm=True,
+        reward_layer_norm=True, encoder=None,
+    ),
+}  # fmt: skip
 
 
 def test_published_defaults(name):
@@ -366,6 +384,19 @@ def test_published_defaults(name):
         ('rebrac', dict(alpha_critic=-0.1)),
         ('rebrac', dict(actor_noise=-0.2)),
         ('rebrac', dict(actor_noise_clip=-0.5)),
+        ('dino_rebrac', dict(alpha_actor=-0.1)),
+        ('dino_rebrac', dict(encoder=None)),
+        ('dino_rebrac', dict(repr_temp=0.0)),
+        ('dino_rebrac', dict(target_repr_temp=-0.04)),
+        ('dino_rebrac', dict(repr_noise=-0.2)),
+        ('dino_rebrac', dict(repr_noise_clip=-0.2)),
+        ('dino_rebrac', dict(center_rate=0.0)),
+        ('mbpo_rebrac', dict(alpha_critic=-0.1)),
+        ('mbpo_rebrac', dict(encoder='impala_debug')),
+        ('mbpo_rebrac', dict(num_model_rollouts=0)),
+        ('mbpo_rebrac', dict(num_model_rollout_steps=0)),
+        ('mbpo_rebrac', dict(model_buffer_batches=0)),
+        ('mbpo_rebrac', dict(batch_size=1)),
     ],
 )
 def test_impossible_configurations_are_user_errors(name, overrides):
