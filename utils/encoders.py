@@ -96,10 +96,15 @@ _ENCODERS = {
 }
 
 
-def make_encoder(name: str | None) -> nn.Module | None:
-    """A fresh encoder module by name, or None for None; raises UserError for an unknown name."""
+def make_encoder(name: str | None, mlp_hidden_dims: Sequence[int] | None = None) -> nn.Module | None:
+    """A fresh encoder module by name, or None for None; raises UserError for an unknown name.
+
+    `mlp_hidden_dims`: the widths of `mlp`, in place of its own; the image encoders' are part of their names.
+    """
     if name is None:
         return None
+    if name == 'mlp' and mlp_hidden_dims is not None:
+        return MLP(mlp_hidden_dims, layer_norm=True)
     if name not in _ENCODERS:
         raise UserError(
             f'unknown encoder {name!r}: expected one of {", ".join(_ENCODERS)}, or none for state observations'

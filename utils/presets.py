@@ -72,6 +72,9 @@ IMAGE_PROTOCOL = STATE_PROTOCOL | {
     'frame_stack': 3,
 }
 IMAGE_AGENT = {'encoder': 'impala_small', 'clip_flow_goals': False}
+# The reward of these tasks is minus the number of unmet sub-goals, and they end where it is 0: a learned reward ends an
+# imagined trajectory where it is nearer to 0 than to −1.
+SINGLE_TASK_AGENT = {'termination_reward': -0.5}
 
 HIDDEN_DIMS = 'hidden_dims'  # in a preset: every setting of the agent that ends in it, whatever network it sizes
 
@@ -221,6 +224,7 @@ def resolve(
     table = f'published table, {agent_name} on {row_task}'
     layers = [
         (protocol, IMAGE_PROTOCOL if visual else STATE_PROTOCOL, _expand(IMAGE_AGENT, agent_keys) if visual else {}),
+        ('rule of the task', {}, _expand(SINGLE_TASK_AGENT, agent_keys) if '-singletask-' in env_name else {}),
         (
             table,
             {key: value for key, value in row.items() if key in RUN_COLUMNS},

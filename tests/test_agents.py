@@ -1,0 +1,450 @@
+"""What holds for every agent of `agents/`, whatever it learns: the contract of the training loop.
+
+A new agent joins with one row of `ROWS`. The values of its losses are in a file of its own.
+"""
+
+import functools
+import warnings
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import agents
+from tests import tiny, tiny_agents
+from utils import checkpoints, datasets, training
+from utils.errors import UserError
+
+KEY = jax.random.key(3)
+SEEDS = [3, 4]
+PHASES = ('pretraining', 'finetuning')
+# The three kinds of update: (phase, whether it trains the actor).
+UPDATES = {'pretrain': ('pretraining', True), 'finetune': ('finetuning', False), 'finetune_actor': ('finetuning', True)}
+
+
+class Row(NamedTuple):
+    """Modules that an update trains, and targets that then follow their online networks; all others stay put."""
+
+    pretrained: set  # Modules trained by a step of pre-training.
+    finetuned: set  # Modules trained by a step of fine-tuning, apart from the actor.
+    targets: dict  # Kind of update → the targets that follow.
+    image_modules: set = frozenset()  # Trained modules with targets that images add in every step.
+    images: bool = True  # Whether the agent works with images.
+
+
+ACTOR_STEPS = {'pretrain': set(), 'finetune': set(), 'finetune_actor': {'critic', 'actor'}}
+ROWS = {
+    'infom': Row(
+        pretrained={'vector_field', 'intention_encoder', 'actor'},
+        finetuned={'vector_field', 'intention_encoder', 'critic', 'reward'},
+        targets={kind: {'vector_field'} for kind in UPDATES},
+        image_modules={'encoder'},
+    ),
+    'iql': Row(
+        pretrained={'actor'},
+        finetuned={'value', 'critic'},
+        targets={'pretrain': set(), 'finetune': {'critic'}, 'finetune_actor': {'critic'}},
+    ),
+    'rebrac': Row(pretrained={'actor'}, finetuned={'critic'}, targets=ACTOR_STEPS),
+    'dino_rebrac': Row(
+        pretrained={'encoder', 'actor'}, finetuned={'critic'}, targets={**ACTOR_STEPS, 'pretrain': {'encoder'}}
+    ),
+    'mbpo_rebrac': Row(
+        pretrained={'transition', 'actor'},
+        finetuned={'transition', 'reward', 'critic'},
+        targets=ACTOR_STEPS,
+        images=False,
+    ),
+    'crl_infonce': Row(
+        pretrained={'critic', 'actor'}, finetuned={'critic', 'reward'}, targets={kind: set() for kind in UPDATES}
+    ),
+    'td_infonce': Row(
+        pretrained={'critic', 'actor'}, finetuned={'critic', 'reward'}, targets={kind: {'critic'} for kind in UPDATES}
+    ),
+    'fb_iql': Row(
+        pretrained={'forward', 'backward', 'actor'},
+        finetuned={'value', 'critic'},
+        targets={'pretrain': {'forward', 'backward'}, 'finetune': {'critic'}, 'finetune_actor': {'critic'}},
+    ),
+    'hilp_iql': Row(
+        pretrained={'representation', 'value', 'critic', 'actor'},
+        finetuned={'value', 'critic'},
+        targets={'pretrain': {'representation', 'critic'}, 'finetune': {'critic'}, 'finetune_actor': {'critic'}},
+    ),
+}
+
+
+WITHOUT_TARGETS = {'crl_infonce'}
+
+
+def test_every_agent_has_a_row():
+    assert ROWS.keys() == set(agents.available())
+
+
+@pytest.fixture(params=list(ROWS))
+def name(request):
+    return request.param
+
+
+# ----------------------------------------------------------------------------------------- what is made once per agent
+
+
+@functools.cache
+def dataset(phase):
+    return tiny.make_dataset(tiny.random_walks(labelled=phase == 'finetuning'))
+
+
+@functools.cache
+def created(name):
+    """Fresh agents of `SEEDS`, on the host."""
+    example = datasets.example_batch(dataset('pretraining'))
+    config = tiny_agents.make_config(name)
+    return jax.device_get(training.create_agents(agents.load(name).AGENT, SEEDS, example, config))
+
+
+def fresh(name):
+    """Fresh agents on buffers of their own: chunks take them over."""
+    return jax.tree.map(jnp.array, created(name))
+
+
+def seed_of(agents, i):
+    return jax.tree.map(lambda x: jnp.asarray(x[i]), agents)
+
+
+@functools.cache
+def state_case(name):
+    """One agent whose parameters and targets are all off their initial values, and a labelled batch."""
+    return tiny_agents.off_initial(seed_of(created(name), 0)), tiny_agents.make_batch()
+
+
+@functools.cache
+def image_case(name):
+    batch = tiny_agents.make_batch(images=True)
+    return tiny_agents.make_agent(name, batch, images=True), batch
+
+
+def loss_of(agent, params, batch, key, kind):
+    phase, with_actor = UPDATES[kind]
+    if phase == 'pretraining':
+        return agent.pretraining_loss(params, batch, key)
+    return agent.finetuning_loss(params, batch, key, with_actor)
+
+
+def without_labels(batch):
+    return {name: value for name, value in batch.items() if not name.startswith('reward')}
+
+
+def update_of(agent, batch, key, kind):
+    phase, with_actor = UPDATES[kind]
+    if phase == 'pretraining':
+        return agent.pretrain(without_labels(batch), key)
+    return agent.finetune(batch, key, update_actor=with_actor)
+
+
+@functools.partial(jax.jit, static_argnames='kind')
+def update(agent, batch, key, kind):
+    """(updated agent, metrics, {module: whether the phase's loss has a gradient there}): one program, as they share
+    most of their work."""
+    updated, metrics = update_of(agent, batch, key, kind)
+    # Some agents put a state of their own together before the loss is taken: the gradient is that of the same state.
+    gradient = jax.grad(lambda params: loss_of(agent, params, batch, key, kind)[0])(agent.params)
+    reached = {name: any_nonzero(tree) for name, tree in gradient.items()}
+    return updated, metrics, reached
+
+
+def any_nonzero(tree):
+    return functools.reduce(jnp.logical_or, [jnp.any(leaf != 0) for leaf in jax.tree.leaves(tree)])
+
+
+def equal(tree, other):
+    """Bitwise equality of two trees of the same structure."""
+    return jax.tree.structure(tree) == jax.tree.structure(other) and all(
+        np.array_equal(x, y) for x, y in zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True)
+    )
+
+
+def assert_close(tree, other, rtol=2e-4, atol=2e-5):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), tree, other)
+
+
+def assert_no_shared_buffers(tree):
+    addresses = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(tree) if leaf.size]
+    assert len(set(addresses)) == len(addresses)
+
+
+# -------------------------------------------------------------------------------------------------------- one update
+
+
+def check_update(name, kind, agent, batch, images):
+    """Exactly the listed modules move, with their Adam states; exactly the listed targets follow, to τθ + (1−τ)θ̄ with
+    the new weights; the loss has a gradient in the trained modules and in no other; metrics are finite numbers."""
+    row = ROWS[name]
+    extra = row.image_modules if images else set()
+    trained = extra | (row.pretrained if kind == 'pretrain' else row.finetuned)
+    trained |= {'actor'} if UPDATES[kind][1] else set()
+
+    updated, metrics, reached = update(agent, batch, KEY, kind)
+    assert {module for module in reached if reached[module]} == trained
+    assert {m for m in agent.params if not equal(agent.params[m], updated.params[m])} == trained
+    assert {m for m in agent.params if not equal(agent.opt_states[m], updated.opt_states[m])} == trained
+
+    tau = agent.config.get('tau')  # None where there is no target.
+    for module, target in agent.target_params.items():
+        if module in row.targets[kind] | extra:
+            online = updated.params[module]
+            expected = jax.tree.map(
+                lambda new, old: tau * np.float64(new) + (1 - tau) * np.float64(old), online, target
+            )
+            assert_close(updated.target_params[module], expected, rtol=1e-5, atol=1e-7)
+            assert not equal(updated.target_params[module], target)
+        else:
+            assert equal(updated.target_params[module], target), f'the target of {module} stays put'
+    for metric, value in metrics.items():
+        assert value.shape == () and jnp.isfinite(value), metric
+
+
+@pytest.mark.parametrize('kind', UPDATES)
+def test_an_update_moves_what_it_should_and_nothing_else(name, kind):
+    check_update(name, kind, *state_case(name), images=False)
+
+
+@pytest.mark.parametrize('kind', ['pretrain', 'finetune_actor'])
+def test_images(name, kind):
+    if not ROWS[name].images:
+        with pytest.raises(UserError, match='image'):
+            tiny_agents.make_agent(name, tiny_agents.make_batch(images=True), images=True)
+        with pytest.raises(UserError, match='image'):  # Not even where no encoder is asked for.
+            tiny_agents.make_agent(name, tiny_agents.make_batch(images=True), images=True, encoder=None)
+        return
+    agent, batch = image_case(name)
+    check_update(name, kind, agent, batch, images=True)
+    if kind == 'pretrain':
+        actions = agent.act(batch['observations'], KEY)
+        assert actions.shape == batch['actions'].shape and jnp.abs(actions).max() <= 1
+
+
+def test_the_actor_and_its_momentum_rest_between_its_updates(name):
+    agent, batch = state_case(name)
+    agent, *_ = update(agent, batch, KEY, 'finetune_actor')
+    assert any_nonzero(agent.opt_states['actor'][0].mu)
+    later, *_ = update(agent, batch, jax.random.key(1), 'finetune')
+    assert equal(agent.params['actor'], later.params['actor'])
+    assert equal(agent.opt_states['actor'], later.opt_states['actor'])
+
+
+def test_losses_and_updates_speak_of_the_same_metrics(name):
+    """Validation reads the losses' metrics, training the updates': the same names, and an actor step adds to them."""
+    agent, batch = state_case(name)
+    names = {}
+    for kind in UPDATES:
+        loss, metrics = jax.eval_shape(lambda: loss_of(agent, agent.params, batch, KEY, kind))
+        assert loss.shape == ()
+        names[kind] = metrics.keys()
+        assert 'loss' in names[kind]
+        assert names[kind] == jax.eval_shape(lambda: update_of(agent, batch, KEY, kind))[1].keys()
+    assert names['finetune'] < names['finetune_actor']
+    with_actor = jax.eval_shape(lambda: agent.finetuning_loss(agent.params, batch, KEY))[1]
+    assert with_actor.keys() == names['finetune_actor']
+
+
+def test_methods_mutate_nothing(name):
+    """Run uncompiled, where a dictionary that is written to would be the caller's own."""
+    agent, batch = state_case(name)
+    before = jax.tree.leaves((agent, batch))
+    for kind in UPDATES:
+        jax.eval_shape(lambda: (loss_of(agent, agent.params, batch, KEY, kind), update_of(agent, batch, KEY, kind)))
+    jax.eval_shape(lambda: (agent.begin_finetuning(batch, KEY), agent.act(batch['observations'], KEY)))
+    after = jax.tree.leaves((agent, batch))
+    assert len(before) == len(after) and all(x is y for x, y in zip(before, after, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------ targets and buffers
+
+
+def test_begin_finetuning_copies_every_online_network(name):
+    agent, batch = state_case(name)
+    begun = agent.begin_finetuning(batch, KEY)
+    assert (name in WITHOUT_TARGETS) == (not agent.target_params)
+    assert begun.target_params.keys() == agent.target_params.keys()
+    for module, target in begun.target_params.items():
+        assert not equal(target, agent.target_params[module])
+        assert equal(target, begun.params[module])
+    assert jax.tree.structure(begun) == jax.tree.structure(agent)
+    assert_no_shared_buffers(begun)
+
+
+def test_a_fresh_agent_shares_no_buffers(name):
+    """Uncompiled: XLA keeps outputs apart, and hides a target that is its online network and not a copy."""
+    example = datasets.example_batch(dataset('pretraining'))
+    agent = agents.load(name).AGENT.create(KEY, example, tiny_agents.make_config(name, const_std=False))
+    assert_no_shared_buffers(agent)
+    for module, target in agent.target_params.items():
+        assert equal(target, agent.params[module])
+    assert agent.opt_states.keys() == agent.params.keys()
+    assert 'log_std' in agent.params['actor']
+
+
+# ------------------------------------------------------------------------------------------------------ chunks of it
+
+
+@functools.cache
+def chunk_result(name, phase, start=0, n=4):
+    """(agents of all seeds on the host, metrics) after one chunk from fresh agents."""
+    return run_chunk(fresh(name), phase, start, n)
+
+
+def run_chunk(agents, phase, start=0, n=4):
+    keys = training.stream_keys(SEEDS, phase)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')  # A buffer that cannot be donated would warn.
+        trained, metrics = training.train_chunk(agents, dataset(phase), keys, jnp.int32(start), phase=phase, n=n)
+    assert jax.tree.leaves(agents)[0].is_deleted()
+    return jax.device_get((trained, metrics))
+
+
+@functools.partial(jax.jit, static_argnames=('needs', 'size'))
+def sample(dataset, key, step, needs, size):
+    batch_key, update_key = jax.random.split(jax.random.fold_in(key, step))
+    return datasets.sample(dataset, batch_key, size, needs), update_key
+
+
+@pytest.mark.parametrize('phase', PHASES)
+def test_a_seed_in_a_donated_chunk_is_the_seed_alone_step_by_step(name, phase):
+    trained, metrics = chunk_result(name, phase)
+    agent, seen = seed_of(created(name), 1), []
+    for step in range(4):
+        key = training.stream_keys(SEEDS, phase)[1]
+        batch, update_key = sample(dataset(phase), key, step, agent.needs, agent.config.batch_size)
+        kind = 'pretrain' if phase == 'pretraining' else ('finetune_actor' if step % 2 else 'finetune')
+        agent, values, _ = update(agent, batch, update_key, kind)
+        seen.append(values)
+    assert_close(seed_of(trained, 1), agent, rtol=1e-3, atol=1e-4)
+    for metric, (mean, bad) in metrics.items():
+        assert np.isfinite(mean).all() and (bad < 0).all()
+        values = [line[metric] for line in seen if metric in line]
+        if metric != 'loss' or phase == 'pretraining':  # In fine-tuning it is that of the actor's steps alone.
+            np.testing.assert_allclose(mean[1], np.mean(values), rtol=5e-3, atol=1e-4, err_msg=metric)
+    assert not equal(seed_of(trained, 0).params, seed_of(trained, 1).params)
+
+
+@pytest.mark.parametrize('phase', PHASES)
+def test_saved_and_resumed_is_uninterrupted_bit_for_bit(name, phase, tmp_path):
+    first, _ = chunk_result(name, phase)
+    with checkpoints.CheckpointWriter(tmp_path) as writer:
+        writer.save(4, jax.tree.map(jnp.asarray, first), {'phase': phase})
+    resumed = checkpoints.restore(tmp_path, fresh(name))
+    assert equal(jax.device_get(resumed), first)
+    uninterrupted, _ = run_chunk(jax.tree.map(jnp.asarray, first), phase, start=4)
+    resumed, _ = run_chunk(resumed, phase, start=4)
+    assert equal(resumed, uninterrupted)
+    assert not equal(resumed.params, first.params)
+
+
+def test_validation_leaves_the_agents_alone(name):
+    """Both phases' metrics of a fresh agent, vmapped, are finite: also before anything was learnt or imagined."""
+    agents = fresh(name)
+    keys = training.stream_keys(SEEDS, 'validation')
+    for phase in PHASES:
+        metrics = jax.eval_shape(
+            lambda: training.validation_metrics(agents, dataset(phase), keys, jnp.int32(0), phase=phase)
+        )
+        assert all(value.shape == (len(SEEDS),) for value in metrics.values())
+
+
+def test_act(name):
+    agent, batch = state_case(name)
+    mode = agent.act(batch['observations'], KEY, 0.0)
+    assert mode.shape == batch['actions'].shape
+    np.testing.assert_array_equal(mode, agent.act(batch['observations'], jax.random.key(9), 0.0))
+    noisy = agent.act(batch['observations'], KEY)
+    assert jnp.abs(noisy - mode).max() > 0.1 and not equal(noisy, agent.act(batch['observations'], jax.random.key(9)))
+    assert jnp.abs(agent.act(100 * batch['observations'], KEY, 100.0)).max() <= 1
+
+
+# ----------------------------------------------------------------------------------------------------- configuration
+
+COMMON_DEFAULTS = dict(
+    lr=3e-4, actor_lr=None, batch_size=256, discount=0.99, actor_freq=4, actor_layer_norm=False,
+    const_std=True, value_layer_norm=True, actor_hidden_dims=(512,) * 4, value_hidden_dims=(512,) * 4,
+)  # fmt: skip
+REBRAC_DEFAULTS = dict(
+    tanh_squash=True, alpha_actor=0.1, alpha_critic=0.1, actor_noise=0.2, actor_noise_clip=0.5, normalize_q_loss=True
+)
+DEFAULTS = {
+    'infom': dict(latent_dim=512, kl_weight=0.01, alpha=10.0, num_flow_goals=16, num_flow_steps=10, encoder=None),
+    'iql': dict(alpha=10.0, actor_loss='awr', expectile=0.9, encoder=None),
+    'rebrac': dict(**REBRAC_DEFAULTS, encoder=None),
+    'dino_rebrac': dict(
+        **REBRAC_DEFAULTS, repr_noise=0.2, repr_noise_clip=0.2, repr_temp=0.1, target_repr_temp=0.04, center_rate=0.1,
+        encoder='mlp', encoder_hidden_dims=(512,) * 4,
+    ),
+    'mbpo_rebrac': dict(
+        **REBRAC_DEFAULTS, num_model_rollouts=256, num_model_rollout_steps=2, transition_layer_norm=True,
+        reward_layer_norm=True, encoder=None,
+    ),
+    'crl_infonce': dict(
+        latent_dim=512, alpha=0.1, contrastive_loss='forward_infonce', logsumexp_penalty_coeff=0.01,
+        normalize_q_loss=True, goal_offset=1, actor_goals='trajectory', encoder=None,
+    ),
+    'td_infonce': dict(
+        latent_dim=512, alpha=0.1, logit_agg='mean', normalize_q_loss=True, actor_goals='trajectory', encoder=None
+    ),
+    'fb_iql': dict(
+        latent_dim=512, alpha_repr=10.0, alpha_awr=10.0, repr_agg='mean', orthonorm_coeff=1.0, latent_mix_prob=0.5,
+        num_latent_inference_samples=10_000, expectile=0.9, encoder=None,
+    ),
+    'hilp_iql': dict(latent_dim=512, alpha=10.0, num_latent_inference_samples=10_000, expectile=0.9, encoder=None),
+}  # fmt: skip
+
+
+def test_published_defaults(name):
+    config = agents.load(name).get_config()
+    tau = {} if name in WITHOUT_TARGETS else dict(tau=0.005)
+    expected = {**COMMON_DEFAULTS, **tau, **DEFAULTS[name]}
+    assert {key: config[key] for key in expected} == expected
+    assert config.agent_name == name
+
+
+@pytest.mark.parametrize(
+    ('name', 'overrides'),
+    [
+        ('iql', dict(actor_loss='ddpg')),
+        ('iql', dict(alpha=-1.0)),
+        ('iql', dict(encoder='impala_tiny')),
+        ('rebrac', dict(alpha_actor=-0.1)),
+        ('rebrac', dict(alpha_critic=-0.1)),
+        ('rebrac', dict(actor_noise=-0.2)),
+        ('rebrac', dict(actor_noise_clip=-0.5)),
+        ('dino_rebrac', dict(alpha_actor=-0.1)),
+        ('dino_rebrac', dict(encoder=None)),
+        ('dino_rebrac', dict(repr_temp=0.0)),
+        ('dino_rebrac', dict(target_repr_temp=-0.04)),
+        ('dino_rebrac', dict(repr_noise=-0.2)),
+        ('dino_rebrac', dict(repr_noise_clip=-0.2)),
+        ('dino_rebrac', dict(center_rate=0.0)),
+        ('mbpo_rebrac', dict(alpha_critic=-0.1)),
+        ('mbpo_rebrac', dict(encoder='impala_debug')),
+        ('mbpo_rebrac', dict(num_model_rollouts=0)),
+        ('mbpo_rebrac', dict(num_model_rollout_steps=0)),
+        ('mbpo_rebrac', dict(model_buffer_batches=0)),
+        ('mbpo_rebrac', dict(batch_size=1)),
+        ('crl_infonce', dict(contrastive_loss='nce')),
+        ('crl_infonce', dict(actor_goals='future')),
+        ('crl_infonce', dict(goal_offset=-1)),
+        ('crl_infonce', dict(logsumexp_penalty_coeff=-0.1)),
+        ('td_infonce', dict(logit_agg='max')),
+        ('td_infonce', dict(goals='trajectory')),
+        ('td_infonce', dict(actor_goals='future')),
+        ('fb_iql', dict(repr_agg='max')),
+        ('fb_iql', dict(latent_mix_prob=1.5)),
+        ('fb_iql', dict(orthonorm_coeff=-1.0)),
+        ('fb_iql', dict(num_latent_inference_samples=0)),
+        ('hilp_iql', dict(num_latent_inference_samples=0)),
+    ],
+)
+def test_impossible_configurations_are_user_errors(name, overrides):
+    (key,) = overrides
+    with pytest.raises(UserError, match=key):
+        tiny_agents.make_agent(name, tiny_agents.make_batch(), **overrides)
