@@ -197,7 +197,7 @@ class VectorField(nn.Module):
         Where one condition serves with and without that gradient, its product and its kernel's gradient are computed
         once.
         """
-        return gradient_through(condition, last, self.first_kernel[-last.shape[-1] :])
+        return gradient_through(condition, last, self.first_kernel[self.first_kernel.shape[0] - last.shape[-1] :])
 
     def __call__(self, x, times, condition):
         """Velocity at x (…, D) and times (…, 1) or a scalar, given `condition` (…, H), broadcast against x."""
