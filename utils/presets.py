@@ -94,12 +94,12 @@ PRESETS = {
     # has to follow (the product of updates and tau is what tells how often the flow bootstraps on itself).
     'small': Preset(
         flags={
-            'pretraining_steps': 6_000,
-            'finetuning_steps': 5_000,
+            'pretraining_steps': 8_000,
+            'finetuning_steps': 6_000,
             'pretraining_size': 60_000,
             'finetuning_size': 30_000,
             'log_interval': 250,
-            'eval_interval': 1_250,
+            'eval_interval': 2_000,
             'eval_episodes': 20,
             'save_interval': 1_000,
         },
