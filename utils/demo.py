@@ -28,9 +28,9 @@ TASK = 'scene-play-singletask-task1-v0'
 # What the small preset trains on, and enough validation to see the flow loss diverge: (split, training episodes,
 # validation episodes).
 COLLECTED = (('pretrain', 60, 3), ('finetune', 30, 3))
-# A third of the published weight of cloning: after so few updates Q has little slope in the actions, and at the full
+# A tenth of the published weight of cloning: after so few updates Q has little slope in the actions, and at the full
 # weight the policy would stay the clone.
-SETTINGS = ('--preset=small', '--agent.alpha=100')
+SETTINGS = ('--preset=small', '--agent.alpha=30')
 POLICIES = ('random policy', 'pre-trained clone', 'fine-tuned policy')
 
 
