@@ -307,3 +307,48 @@ def test_defaults_are_the_published_ones():
         **{f'{module}_hidden_dims': widths for module in ('intention_encoder', 'actor', 'value', 'reward')},
     )
     assert {name: config[name] for name in expected} == expected
+
+
+# ------------------------------------------------------------------------------------------------- one step, to the digit
+
+PINNED = {
+    'pretrain': {
+        'actor_mse': 0.653994,
+        'bc_loss': 3.73781,
+        'current_flow_loss': 3.53926,
+        'flow_loss': 4.34668,
+        'future_flow_loss': 4.4364,
+        'kl_loss': 2.67067,
+        'loss': 8.11119,
+    },
+    'finetune': {
+        'actor_loss': 38.6954,
+        'actor_mse': 0.653994,
+        'actor_q': -1.31738,
+        'bc_loss': 3.73781,
+        'critic_loss': 203.014,
+        'current_flow_loss': 3.52154,
+        'flow_loss': 3.52775,
+        'future_flow_loss': 3.52845,
+        'kl_loss': 2.67067,
+        'loss': 248.41,
+        'q_max': 1.30335,
+        'q_mean': -0.418378,
+        'q_min': -2.9924,
+        'q_target_mean': 1.8318,
+        'reward_loss': 3.14662,
+        'reward_prediction': 0.722821,
+    },
+}
+
+
+@pytest.mark.parametrize('method', PINNED)
+def test_the_metrics_of_one_step_are_what_they_were(method):
+    """Pinned, so that no change of what is computed, or of the order of random numbers, goes unnoticed. If a change is
+    meant, put the new values here and say so in the commit: earlier runs can then not be reproduced to the digit."""
+    batch = tiny.make_batch()
+    options = {'update_actor': True} if method == 'finetune' else {}
+    _, metrics = tiny.compiled(method, **options)(tiny.make_agent(batch), batch, jax.random.key(5))
+    assert metrics.keys() == PINNED[method].keys()
+    for name, value in PINNED[method].items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-4, err_msg=name)
