@@ -309,7 +309,7 @@ def test_defaults_are_the_published_ones():
     assert {name: config[name] for name in expected} == expected
 
 
-# ------------------------------------------------------------------------------------------------- one step, to the digit
+# ------------------------------------------------------------------------------------------------ one step to the digit
 
 PINNED = {
     'pretrain': {
