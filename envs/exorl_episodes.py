@@ -88,6 +88,9 @@ def read_episode(path: Path, domain: str, names: tuple[str, ...]) -> dict[str, n
         names: of 'observation' (T + 1, d), 'action' (T + 1, a) and 'physics' (T + 1, n); read and checked are only
             these. T is the one of the file's name.
 
+    Returns:
+        observation and action as float32, physics as stored.
+
     Raises:
         UserError: the file is damaged, lacks an array, or holds those of another domain, NaN or unscaled actions.
     """
@@ -114,7 +117,10 @@ def read_episode(path: Path, domain: str, names: tuple[str, ...]) -> dict[str, n
             )
         if not np.issubdtype(array.dtype, np.floating):
             raise UserError(f'{path}: {name} holds {array.dtype}; floating-point numbers are expected')
-        finite = np.isfinite(array).all(axis=1)
+        if name != 'physics':  # States keep their precision: rewards are computed from them.
+            with np.errstate(over='ignore'):
+                episode[name] = array.astype(np.float32, copy=False)
+        finite = np.isfinite(episode[name]).all(axis=1)
         if not finite.all():
             raise UserError(f'{path}: {name} holds a NaN or an infinity, first in row {int(np.argmin(finite))}')
     if 'action' in episode and np.abs(episode['action']).max() > 1.0 + ACTION_TOLERANCE:
