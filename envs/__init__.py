@@ -1,8 +1,8 @@
 """The benchmark's tasks by name, and one function that makes any of them into a gymnasium environment.
 
 Importing this package is cheap: no simulator is loaded before `make_env` is called. Simulators live in
-`ogbench_env.py`; collecting, downloading and loading data sets in `collect_ogbench.py`, `download_ogbench.py` and
-`data.py`. Nothing here knows about agents.
+`ogbench_env.py` and `exorl_env.py`; getting data sets in `collect_*.py`, `download_*.py` and `convert_exorl.py`;
+loading them in `data.py`. Nothing here knows about the agents of `agents/`.
 """
 
 import ctypes
@@ -41,8 +41,10 @@ EXORL_TASKS = {
     'quadruped': ('run', 'jump', 'stand', 'walk'),
     'jaco': ('reach_top_left', 'reach_top_right', 'reach_bottom_left', 'reach_bottom_right'),
 }
-# (observation size, action size) of each simulator.
+# (observation size, action size) of each simulator; numbers in its state; steps in an episode.
 EXORL_SIZES = {'cheetah': (17, 6), 'walker': (24, 6), 'quadruped': (78, 12), 'jaco': (42, 9)}
+EXORL_PHYSICS_SIZES = {'cheetah': 18, 'walker': 18, 'quadruped': 57, 'jaco': 18}
+EXORL_EPISODE_LENGTHS = {'cheetah': 1000, 'walker': 1000, 'quadruped': 1000, 'jaco': 250}
 OGBENCH_OBSERVATION_SIZES = {'cube-single': 28, 'cube-double': 37, 'scene': 40, 'puzzle-4x4': 83}
 OGBENCH_ACTION_SIZE = 5
 IMAGE_SHAPE = (64, 64, 3)
@@ -132,10 +134,10 @@ def task_spec(env_name: str) -> TaskSpec:
 
 def require_simulator(spec: TaskSpec) -> None:
     """Raises UserError if this version cannot simulate the task. The one place to open for a new simulator."""
-    if spec.suite != 'ogbench' or spec.visual:
+    if spec.visual:
         raise UserError(
-            f'{spec.name}: this version has no {"image" if spec.visual else "ExORL"} tasks yet; it has the 20 OGBench '
-            f'state tasks, X-play-singletask-task1-v0 to -task5-v0 with X one of {", ".join(OGBENCH_STATE_DOMAINS)}'
+            f'{spec.name}: this version has no image tasks yet; it has the 36 with state observations, for instance '
+            f'{spec.name.removeprefix("visual-")}'
         )
 
 
@@ -150,8 +152,8 @@ def make_env(env_name: str, seed: int = 0, render_mode: str | None = None):
 
     Returns:
         A `gymnasium.Env`: observations float32 (or uint8 images), actions float32 in [-1, 1] and clipped to it, the
-        time limit reported as truncation, `info['success']` 0.0 or 1.0. Close it when done: it may hold an OpenGL
-        context.
+        time limit reported as truncation, and in OGBench `info['success']` 0.0 or 1.0. Close it when done: it may hold
+        an OpenGL context.
 
     Raises:
         UserError: unknown task, or one without a simulator in this version.
@@ -160,6 +162,9 @@ def make_env(env_name: str, seed: int = 0, render_mode: str | None = None):
     require_simulator(spec)
     if render_mode not in (None, 'rgb_array'):
         raise UserError(f'render_mode={render_mode!r}: expected None or rgb_array')
-    from envs import ogbench_env
+    if spec.suite == 'exorl':
+        from envs.exorl_env import make_task_env
+    else:
+        from envs.ogbench_env import make_task_env
 
-    return ogbench_env.make_task_env(spec, seed=seed, render_mode=render_mode)
+    return make_task_env(spec, seed=seed, render_mode=render_mode)

@@ -11,15 +11,12 @@ themselves are in `play.py`, the files in `episode_parts.py`.
 
 import contextlib
 import importlib.metadata
-import signal
-import sys
 import time
 from pathlib import Path
 
 from absl import flags
-from tqdm import tqdm
 
-from envs import OGBENCH_STATE_DOMAINS, data, episode_parts, suggest, worker_pool
+from envs import OGBENCH_STATE_DOMAINS, commands, data, episode_parts, suggest, worker_pool
 from utils import cli
 from utils.errors import UserError
 
@@ -49,18 +46,6 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         'episode_length', 1000, 'Transitions an episode; the published data have 1000, tests use fewer.', lower_bound=1
     )
-
-
-class Interrupted(BaseException):
-    """A signal asked the command to stop."""
-
-    def __init__(self, number: int):
-        super().__init__(number)
-        self.number = number
-
-
-def _interrupt(number, frame):
-    raise Interrupted(number)
 
 
 def make_writer(dataset_env: str, rows: int):
@@ -132,78 +117,49 @@ def collect(
     wanted = [
         file
         for file in paths
-        if not _is_finished(paths[file], settings[file] | {'episodes': episodes[file]}, overwrite)
+        if not commands.is_finished(paths[file], settings[file] | {'episodes': episodes[file]}, overwrite)
     ]
     parts = {file: episode_parts.EpisodeParts(paths[file], settings[file] | {'versions': versions}) for file in wanted}
     jobs, found = [], 0
     for file in wanted:
         if parts[file].started_over:
-            _say(f'the parts in {parts[file].folder} were made with other settings: starting over')
+            commands.say(f'the parts in {parts[file].folder} were made with other settings: starting over')
         missing = parts[file].missing(episodes[file])
         found += episodes[file] - len(missing)
         jobs += [(str(parts[file].folder), index, episode_seed(seed, split, file, index)) for index in missing]
     if found:
-        _say(f'continuing: {found} of {found + len(jobs)} episodes are already there')
+        commands.say(f'continuing: {found} of {found + len(jobs)} episodes are already there')
 
     began = time.monotonic()
     finished = worker_pool.run_jobs(make_writer, (env_name, episode_length + 1), jobs, workers)
     # Closing stops the workers at once, whatever ends the loop.
-    with contextlib.closing(finished), _progress_bar(env_name, split, found, len(jobs), episode_length) as bar:
+    bar = commands.progress_bar(
+        f'{env_name} {split}',
+        total=(found + len(jobs)) * episode_length,
+        unit='transitions',
+        initial=found * episode_length,
+        disable=not jobs,
+    )
+    with contextlib.closing(finished), bar:
         for _ in finished:
             bar.update(episode_length)
     if jobs:
         seconds = time.monotonic() - began
         made = len(jobs) * episode_length
-        _say(f'{made} transitions in {seconds:.1f} s: {made / seconds:.0f} a second, {min(workers, len(jobs))} workers')
+        commands.say(
+            f'{made} transitions in {seconds:.1f} s: {made / seconds:.0f} a second, {min(workers, len(jobs))} workers'
+        )
     for file in wanted:
         parts[file].join(episodes[file], settings[file] | {'episodes': episodes[file], 'versions': versions})
-        _say(f'wrote {paths[file]} ({episodes[file]} episodes, {paths[file].stat().st_size / 1e6:.1f} MB)')
+        commands.say(f'wrote {paths[file]} ({episodes[file]} episodes, {paths[file].stat().st_size / 1e6:.1f} MB)')
     return list(paths.values())
-
-
-def _is_finished(path: Path, settings: dict, overwrite: bool) -> bool:
-    """Whether the file is there with these settings. Raises UserError if one with others is in the way."""
-    if not path.exists():
-        return False
-    metadata = episode_parts.read_metadata(path) or {}
-    if {name: metadata.get(name) for name in settings} == settings:
-        _say(f'{path} is already there, made with these settings')
-        return True
-    if overwrite:
-        return False
-    if metadata:
-        differing = [name for name, value in settings.items() if metadata.get(name) != value]
-        details = ', '.join(f'{name} {metadata.get(name)} instead of {settings[name]}' for name in differing)
-        origin = f'was made with other settings ({details})'
-    else:
-        origin = 'was not made by this command (downloaded, perhaps, or damaged)'
-    raise UserError(f'{path} {origin}; --overwrite replaces it, another --dataset_dir leaves it alone')
-
-
-def _progress_bar(env_name: str, split: str, found: int, jobs: int, episode_length: int):
-    return tqdm(
-        desc=f'{env_name} {split}',
-        initial=found * episode_length,
-        total=(found + jobs) * episode_length,
-        unit=' transitions',
-        unit_scale=True,
-        disable=not jobs,
-        mininterval=0.5 if sys.stderr.isatty() else 20.0,
-        smoothing=0.05,
-    )
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
 
 
 def main(argv):
     del argv
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
     chosen = {'train': FLAGS.num_episodes, 'val': FLAGS.val_episodes}
-    try:
-        collect(
+    return commands.run_interruptibly(
+        lambda: collect(
             env_name=FLAGS.env_name,
             split=FLAGS.split,
             episodes={file: number or DEFAULT_EPISODES[FLAGS.split][file] for file, number in chosen.items()},
@@ -212,14 +168,9 @@ def main(argv):
             dataset_dir=FLAGS.dataset_dir,
             overwrite=FLAGS.overwrite,
             episode_length=FLAGS.episode_length,
-        )
-    except Interrupted as interruption:
-        print(
-            'stopped; the finished episodes are kept, and the same command continues with them',
-            file=sys.stderr,
-            flush=True,
-        )
-        return 128 + interruption.number
+        ),
+        'the finished episodes are kept, and the same command continues with them',
+    )
 
 
 if __name__ == '__main__':

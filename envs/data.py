@@ -1,8 +1,12 @@
 """Reads a task's data files into arrays of rows, checks them, and labels them with its reward when it may be seen.
 
 A row is a state and the action taken in it; each episode keeps its final state as a row whose action means nothing.
-Clipping, normalising, and sampling come later (`utils/datasets.py`). Files are made by `collect_ogbench.py` or
-`download_ogbench.py`.
+Clipping, normalising, and sampling come later (`utils/datasets.py`). OGBench's files are made by `collect_ogbench.py`
+or `download_ogbench.py` and labelled here; ExORL's are made, and labelled, by `convert_exorl.py`.
+
+Every set is one npz file, stored without compression: NumPy alone opens it, each array is read once, from front to
+back, at the disk's speed, and checksums of all of it come for free. HDF5 would add a library, and partial reads that
+nobody makes: what is used of a set is always its first episodes.
 """
 
 import functools
@@ -39,6 +43,22 @@ def dataset_path(dataset_dir: str | Path, domain: str, phase: str, split: str) -
     return Path(dataset_dir).expanduser() / f'{domain}-{kind}-v0{suffix}.npz'
 
 
+def exorl_dataset_path(dataset_dir: str | Path, domain: str, task: str | None, phase: str, split: str) -> Path:
+    """The file of an ExORL domain's reward-free set, or of the set labelled with `task` ('run'); ~ is expanded."""
+    if phase not in PHASES or split not in SPLITS:
+        raise UserError(f'phase={phase!r}, split={split!r}: expected {" or ".join(PHASES)}, and {" or ".join(SPLITS)}')
+    name = domain if phase == 'pretraining' else f'{domain}_{task}-ft'
+    suffix = {'train': '', 'val': '-val'}[split]
+    return Path(dataset_dir).expanduser() / f'exorl-{name}{suffix}.npz'
+
+
+def task_path(spec: TaskSpec, phase: str, split: str, dataset_dir: str | Path) -> Path:
+    """The file that holds a task's data of one phase and split."""
+    if spec.suite == 'exorl':
+        return exorl_dataset_path(dataset_dir, spec.domain, spec.name.removeprefix(f'{spec.domain}_'), phase, split)
+    return dataset_path(dataset_dir, spec.domain, phase, split)
+
+
 def load_raw(
     env_name: str, phase: str, split: str, dataset_dir: str | Path, max_transitions: int | None = None
 ) -> dict:
@@ -54,17 +74,18 @@ def load_raw(
 
     Returns:
         observations (rows, d) float32, or (rows, H, W, C) uint8; actions (rows, a) float32, as stored; terminals
-        (rows,) bool, True exactly on each episode's last row; in the fine-tuning phase also rewards (rows,) float32,
-        the number of the task's sub-goals that the row's own state satisfies minus their number, and masks (rows,)
-        float32, 0 where it satisfies all of them, else 1. `source` says where they come from: file, fingerprint (of the
-        content), rows, episodes, metadata (how the file says it was made, or None).
+        (rows,) bool, True exactly on each episode's last row; in the fine-tuning phase also rewards and masks (rows,)
+        float32. In OGBench the reward is the number of the task's sub-goals that the row's own state satisfies minus
+        their number, and the mask 0 where it satisfies all of them, else 1. In ExORL the reward is that of the next
+        row's state (0 where there is none), and the mask always 1. `source` says where they come from: file,
+        fingerprint (of the content), rows, episodes, metadata (how the file says it was made, or None).
 
     Raises:
         UserError: the file is missing, damaged, not of this task, or too short; the message names it and what to do.
     """
     spec = task_spec(env_name)
     require_simulator(spec)
-    path = dataset_path(dataset_dir, spec.domain, phase, split)
+    path = task_path(spec, phase, split, dataset_dir)
     if not path.is_file():
         raise UserError(_missing_message(spec, phase, path))
     if max_transitions is not None and max_transitions < 1:
@@ -73,7 +94,12 @@ def load_raw(
         with zipfile.ZipFile(path) as archive:
             raw = _read_rows(archive, spec, path, max_transitions)
             raw['source'] = _describe(archive, path, raw)
-            states = _read_states(archive, spec, path, len(raw['terminals'])) if phase == 'finetuning' else None
+            states = None
+            if phase == 'finetuning' and spec.suite == 'exorl':
+                raw['rewards'], raw['masks'] = _read_rewards(archive, path, len(raw['terminals']))
+            elif phase == 'finetuning':
+                states = _read_states(archive, spec, path, len(raw['terminals']))
+            _require_named(spec, phase, path, raw['source']['metadata'])
     except UNREADABLE as error:
         raise UserError(
             f'{path} cannot be read ({type(error).__name__}: {error}): it is damaged or not an npz file; delete it and '
@@ -85,6 +111,13 @@ def load_raw(
 
 
 def _how_to_get(spec: TaskSpec, phase: str, path: Path) -> str:
+    if spec.suite == 'exorl':
+        return (
+            f'make it with: python -m envs.convert_exorl --domain={spec.domain} '
+            f'--task={spec.name.removeprefix(f"{spec.domain}_")} --dataset_dir={path.parent} (from episodes that '
+            f'python -m envs.download_exorl --domain={spec.domain} or python -m envs.collect_exorl '
+            f'--domain={spec.domain} gets)'
+        )
     where = f'--env_name={spec.dataset_env} --dataset_dir={path.parent}'
     collect = f'python -m envs.collect_ogbench --split={COLLECTOR_SPLITS[phase]} {where}'
     if phase == 'finetuning':
@@ -200,6 +233,25 @@ def _require_finite(array: np.ndarray, name: str, path: Path) -> None:
             )
 
 
+def _read_rewards(archive: zipfile.ZipFile, path: Path, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    shape = _member_shape(archive, 'rewards', path)
+    if len(shape) != 1 or shape[0] < rows:
+        raise UserError(f'{path}: rewards have shape {shape}; one number for each of {rows} rows is expected')
+    rewards = _read_member(archive, 'rewards', rows)
+    _require_finite(rewards, 'rewards', path)
+    return rewards.astype(np.float32, copy=False), np.ones(rows, np.float32)
+
+
+def _require_named(spec: TaskSpec, phase: str, path: Path, metadata: dict | None) -> None:
+    """Raises UserError if the file says that it belongs to another domain or is labelled with another task."""
+    if spec.suite != 'exorl' or metadata is None:
+        return
+    expected = {'domain': spec.domain} | ({'task': spec.name} if phase == 'finetuning' else {})
+    for key, value in expected.items():
+        if metadata.get(key, value) != value:
+            raise UserError(f'{path}: it says that its {key} is {metadata[key]}, not {value}; has it been renamed?')
+
+
 def _read_states(archive: zipfile.ZipFile, spec: TaskSpec, path: Path, rows: int) -> dict[str, np.ndarray]:
     """The simulator's state at each row, as `label_states` wants it."""
     needed = ['qpos'] if spec.domain.removeprefix('visual-').startswith('cube') else ['qpos', 'button_states']
@@ -241,7 +293,11 @@ def label_states(env_name: str, states: dict[str, np.ndarray]) -> tuple[np.ndarr
 
 def _describe(archive: zipfile.ZipFile, path: Path, raw: dict) -> dict:
     # The checksums that the file keeps of its members identify the content, and cost nothing to read.
-    content = sorted((entry.filename, entry.file_size, entry.CRC) for entry in archive.infolist())
+    content = sorted(
+        (entry.filename, entry.file_size, entry.CRC)
+        for entry in archive.infolist()
+        if entry.filename != 'created.npy'  # When a file was made is not what it holds.
+    )
     metadata = None
     if 'metadata.npy' in archive.namelist():
         with archive.open('metadata.npy') as member:

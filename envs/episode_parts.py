@@ -12,6 +12,7 @@ import shutil
 import zipfile
 import zlib
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -46,6 +47,23 @@ def _part_path(folder: Path, index: int) -> Path:
     return folder / f'{index:06d}.npz'
 
 
+def hold(path: Path, refusal: str) -> IO:
+    """Makes this process the only holder of a lock file, until the returned file is closed or the process ends.
+
+    Raises:
+        UserError: another process holds it; the message is `refusal`.
+    """
+    file = open(path, 'w')  # noqa: SIM115 (held for as long as the caller wants)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(refusal) from None
+    except OSError:
+        pass  # Some network file systems have no locks.
+    return file
+
+
 class EpisodeParts:
     """The folder `<target>.parts`, held by one process at a time.
 
@@ -68,13 +86,7 @@ class EpisodeParts:
         self._target = target
         self.folder = target.with_name(target.name + '.parts')
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.folder / 'lock', 'w')  # noqa: SIM115 (held until the file is made)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f'another process is making {target}; wait for it, or stop it') from None
-        except OSError:
-            pass  # Some network file systems have no locks.
+        self._lock = hold(self.folder / 'lock', f'another process is making {target}; wait for it, or stop it')
 
         settings_path = self.folder / 'settings.json'
         written = json.dumps(settings, sort_keys=True)
@@ -113,11 +125,8 @@ class EpisodeParts:
         with zipfile.ZipFile(temporary, 'w', zipfile.ZIP_STORED) as archive:
             for key in keys:
                 self._join_key(archive, key, episodes)
-            with _open_member(archive, METADATA_KEY) as member:
-                np.lib.format.write_array(member, np.array(json.dumps(metadata, sort_keys=True)), allow_pickle=False)
-        with open(temporary, 'rb') as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, self._target)
+            write_text(archive, METADATA_KEY, json.dumps(metadata, sort_keys=True))
+        finish_file(temporary, self._target)
         shutil.rmtree(self.folder)
         self.close()
 
@@ -128,15 +137,7 @@ class EpisodeParts:
 
         rows = sum(self._rows(index, key) for index in range(episodes))
         first = part(0)
-        header = {
-            'descr': np.lib.format.dtype_to_descr(first.dtype),
-            'fortran_order': False,
-            'shape': (rows, *first.shape[1:]),
-        }
-        with _open_member(archive, key) as member:
-            np.lib.format.write_array_header_1_0(member, header)
-            for index in range(episodes):
-                member.write(np.ascontiguousarray(part(index)).tobytes())
+        write_array(archive, key, (rows, *first.shape[1:]), first.dtype, (part(index) for index in range(episodes)))
 
     def _rows(self, index: int, key: str) -> int:
         with zipfile.ZipFile(_part_path(self.folder, index)) as archive, archive.open(f'{key}.npy') as member:
@@ -146,6 +147,28 @@ class EpisodeParts:
     def close(self) -> None:
         """Lets another process have the folder."""
         self._lock.close()
+
+
+def write_array(archive: zipfile.ZipFile, key: str, shape: tuple[int, ...], dtype, blocks) -> None:
+    """Writes an array into an open npz file, block of rows by block of rows; nothing but one block is in memory."""
+    header = {'descr': np.lib.format.dtype_to_descr(np.dtype(dtype)), 'fortran_order': False, 'shape': shape}
+    with _open_member(archive, key) as member:
+        np.lib.format.write_array_header_1_0(member, header)
+        for block in blocks:
+            member.write(np.ascontiguousarray(block, dtype).tobytes())
+
+
+def write_text(archive: zipfile.ZipFile, key: str, text: str) -> None:
+    """Writes a string into an open npz file."""
+    with _open_member(archive, key) as member:
+        np.lib.format.write_array(member, np.array(text), allow_pickle=False)
+
+
+def finish_file(temporary: Path, target: Path) -> None:
+    """Gives a finished file its name, when all of it is on the disk."""
+    with open(temporary, 'rb') as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, target)
 
 
 def _open_member(archive: zipfile.ZipFile, key: str):

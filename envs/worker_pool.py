@@ -27,42 +27,84 @@ def available_cores() -> int:
 
 
 def run_jobs(make_runner, arguments: tuple, jobs, workers: int):
-    """Yields each job when it is done, in the order of completion.
+    """Yields (job, what `run` returned for it), in the order of completion.
 
     Args:
         make_runner: importable function; `make_runner(*arguments)` is called once in each worker and returns
-            `run(job)`.
+            `run(job)`, whose results must be picklable.
         arguments: picklable.
         jobs: sequence of picklable jobs.
         workers: number of processes; no more are started than there are jobs.
 
     Raises:
-        UserError: the file system refused a worker, or something outside killed one.
+        UserError: a job raised one, the file system refused a worker, or something outside killed one.
         RuntimeError: a job failed; the message holds the worker's traceback.
     """
     waiting = list(reversed(jobs))
-    context = multiprocessing.get_context('spawn')
-    processes = {}
+    processes, running = {}, {}
+
+    def hand_out(connection):
+        running[connection] = waiting.pop()
+        _send(connection, processes[connection], running[connection])
+
     try:
-        with _environment(SINGLE_THREADED):
-            for _ in range(min(workers, len(waiting))):
-                ours, theirs = context.Pipe()
-                process = context.Process(target=_work, args=(theirs, make_runner, arguments), daemon=True)
-                process.start()
-                theirs.close()
-                processes[ours] = process
-        for connection, process in processes.items():
-            _send(connection, process, waiting.pop())
+        processes |= _start(make_runner, [arguments] * min(workers, len(waiting)))
+        for connection in processes:
+            hand_out(connection)
         while processes:
             for connection in multiprocessing.connection.wait(list(processes)):
-                yield _receive(connection, processes[connection])
+                yield running[connection], _receive(connection, processes[connection])
                 if waiting:
-                    _send(connection, processes[connection], waiting.pop())
+                    hand_out(connection)
                 else:
                     processes.pop(connection)  # It ends when its pipe does.
                     connection.close()
     finally:
         _stop(list(processes.values()))
+
+
+class Crew:
+    """Workers that keep what they hold from one job to the next: each is given a job of its own, all at once.
+
+    Use as a context manager. Raises what `run_jobs` does.
+    """
+
+    def __init__(self, make_runner, arguments: list[tuple]):
+        """Starts a worker for each element of `arguments`, with `run = make_runner(*element)`."""
+        self._processes = _start(make_runner, arguments)
+
+    def send(self, jobs) -> None:
+        """Gives each worker its job."""
+        for (connection, process), job in zip(self._processes.items(), jobs, strict=True):
+            _send(connection, process, job)
+
+    def receive(self) -> list:
+        """What `run` returned for the jobs, in the workers' order, when all are done."""
+        return [_receive(connection, process) for connection, process in self._processes.items()]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        _stop(list(self._processes.values()))
+
+
+def _start(make_runner, arguments: list[tuple]) -> dict:
+    """Starts a process for each element of `arguments`: connection → process."""
+    context = multiprocessing.get_context('spawn')
+    processes = {}
+    try:
+        with _environment(SINGLE_THREADED):
+            for each in arguments:
+                ours, theirs = context.Pipe()
+                process = context.Process(target=_work, args=(theirs, make_runner, each), daemon=True)
+                process.start()
+                theirs.close()
+                processes[ours] = process
+    except BaseException:
+        _stop(list(processes.values()))
+        raise
+    return processes
 
 
 def _work(connection, make_runner, arguments) -> None:
@@ -71,12 +113,13 @@ def _work(connection, make_runner, arguments) -> None:
         run = make_runner(*arguments)
         while True:
             job = connection.recv()
-            run(job)
-            connection.send(('done', job))
+            connection.send(('done', run(job)))
     except EOFError:  # The parent has no more jobs, or is gone.
         return
     except BrokenPipeError:
         return
+    except UserError as error:
+        answer = ('refused', str(error))
     except OSError as error:
         answer = ('refused', f'{error.strerror or error}: {error.filename or "while writing"}')
     except Exception:

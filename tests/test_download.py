@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from envs import download_ogbench
+from envs import download_ogbench, resumable_download
 from utils.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -112,9 +112,9 @@ def test_a_connection_that_breaks_off_is_continued(server, tmp_path):
 def test_a_killed_download_continues_where_it_stopped(server, tmp_path):
     server.break_after = 12_000
     partial = tmp_path / (NAMES[0] + '.part')
-    bar = download_ogbench.tqdm(disable=True)
-    with pytest.raises(download_ogbench._Interrupted):
-        download_ogbench._transfer(f'{server.url}/{NAMES[0]}', partial, bar)
+    bar = resumable_download.tqdm(disable=True)
+    with pytest.raises(resumable_download.Interrupted):
+        resumable_download._transfer(f'{server.url}/{NAMES[0]}', partial, bar)
     assert partial.stat().st_size == 12_000 and not (tmp_path / NAMES[0]).exists()
     server.break_after = None
     server.requests.clear()
@@ -155,7 +155,7 @@ def test_the_number_of_attempts_is_bounded(server, tmp_path):
     server.break_after = 0
     with pytest.raises(UserError, match=r'the same command continues.*envs\.collect_ogbench --split=pretrain'):
         fetch(server, tmp_path)
-    assert len(server.requests) == download_ogbench.FRUITLESS_ATTEMPTS
+    assert len(server.requests) == resumable_download.FRUITLESS_ATTEMPTS
     assert not list(tmp_path.glob('*.npz'))
 
 
@@ -168,7 +168,7 @@ def test_what_the_server_lacks_is_not_asked_for_again(server, tmp_path):
 
 def test_something_else_under_the_name_is_refused(server, tmp_path):
     server.files[NAMES[0]] = b'<html>please log in</html>'
-    with pytest.raises(UserError, match='not an npz file'):
+    with pytest.raises(UserError, match='is no npz file'):
         fetch(server, tmp_path)
     assert not list(tmp_path.glob('*.npz'))
 
@@ -189,7 +189,7 @@ def test_files_that_are_there_are_kept(server, tmp_path):
 
 
 def test_no_room_is_seen_before_the_download(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(download_ogbench.shutil, 'disk_usage', lambda _: type('Usage', (), {'free': 100}))
+    monkeypatch.setattr(resumable_download.shutil, 'disk_usage', lambda _: type('Usage', (), {'free': 100}))
     with pytest.raises(UserError, match='free'):
         fetch(server, tmp_path)
 
@@ -232,6 +232,8 @@ def test_the_default_server_is_the_one_that_ogbench_names(monkeypatch, tmp_path)
     from ogbench.utils import DATASET_URL
 
     asked = []
-    monkeypatch.setattr(download_ogbench, '_fetch', lambda url, path, pause: (asked.append(url), path.write_bytes(b'')))
+    monkeypatch.setattr(
+        resumable_download, 'fetch', lambda url, path, pause, kind: (asked.append(url), path.write_bytes(b''))
+    )
     download_ogbench.download('visual-scene-v0', str(tmp_path))
     assert asked == [f'{DATASET_URL}/visual-scene-play-v0{suffix}.npz' for suffix in ('', '-val')]

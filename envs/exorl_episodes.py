@@ -1,0 +1,168 @@
+"""ExORL's episode files: `<folder>/<domain>/<algo>/buffer/episode_<index:06d>_<T>.npz`, listed, read, checked, written.
+
+A file has T + 1 rows of observation, action, reward, discount and physics; row k of action, reward and discount belongs
+to the step that led to row k, and row 0 of them is a dummy. How the episodes came about is noted beside the buffer, in
+`metadata.json`. No simulator is needed here.
+"""
+
+import json
+import os
+import re
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from envs import EXORL_PHYSICS_SIZES, EXORL_SIZES, EXORL_TASKS, suggest
+from utils.errors import UserError
+
+DEFAULT_EXORL_DIR = '~/.exorl/data'
+EPISODE_NAME = re.compile(r'episode_(\d{6,})_(\d+)\.npz')
+METADATA_NAME = 'metadata.json'
+MIN_STEPS = 2  # One step has no next action to learn from.
+# Actions are clipped to [-1, 1] when they are used. This much beyond is rounding; more means that they were never
+# scaled.
+ACTION_TOLERANCE = 1e-3
+UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
+
+
+def require_domain(domain: str) -> None:
+    """Raises UserError if ExORL has no such domain."""
+    if domain not in EXORL_TASKS:
+        hint = suggest(domain, EXORL_TASKS) or f'; expected one of {", ".join(EXORL_TASKS)}'
+        raise UserError(f'--domain={domain}: no ExORL domain{hint}')
+
+
+def buffer_path(exorl_dir: str | Path, domain: str, algo: str) -> Path:
+    """The folder of a domain's and algorithm's episode files; ~ is expanded."""
+    if not re.fullmatch(r'[A-Za-z0-9][\w.-]*', algo):
+        raise UserError(f'--algo={algo!r}: expected the name of a folder (letters, digits, _.-)')
+    return Path(exorl_dir).expanduser() / domain / algo / 'buffer'
+
+
+def episode_name(index: int, steps: int) -> str:
+    """The name of the file of episode `index`."""
+    return f'episode_{index:06d}_{steps}.npz'
+
+
+def list_episodes(buffer: Path) -> list[Path]:
+    """The episode files of a folder, in the order of their indices; other files are passed over."""
+    if not buffer.is_dir():
+        return []
+    found = [(EPISODE_NAME.fullmatch(entry.name), entry.path) for entry in os.scandir(buffer)]
+    return [Path(path) for _, path in sorted((int(match[1]), path) for match, path in found if match)]
+
+
+def named_steps(path: Path) -> int:
+    """The number of steps that an episode file's name gives."""
+    return int(EPISODE_NAME.fullmatch(path.name)[2])
+
+
+def common_steps(paths: list[Path]) -> int:
+    """The number of steps of every one of these episodes, by their names.
+
+    Raises:
+        UserError: one of them is of another length than the first, or too short to learn from.
+    """
+    steps = named_steps(paths[0])
+    for path in paths:
+        if named_steps(path) < MIN_STEPS:
+            raise UserError(
+                f'{path}: an episode of {named_steps(path)} steps; {MIN_STEPS} or more are needed to learn from'
+            )
+        if named_steps(path) != steps:
+            raise UserError(
+                f'{path}: an episode of {named_steps(path)} steps, where {paths[0].name} has {steps}; all episodes of '
+                'a domain last as long. Remove it, or fetch it again'
+            )
+    return steps
+
+
+def read_episode(path: Path, domain: str, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """Some arrays of one episode, checked.
+
+    Args:
+        path: the file.
+        domain: whose episode it should be.
+        names: of 'observation' (T + 1, d), 'action' (T + 1, a) and 'physics' (T + 1, n); read and checked are only
+            these. T is the one of the file's name.
+
+    Returns:
+        observation and action as float32, physics as stored.
+
+    Raises:
+        UserError: the file is damaged, lacks an array, or holds those of another domain, NaN or unscaled actions.
+    """
+    observation_size, action_size = EXORL_SIZES[domain]
+    widths = {'observation': observation_size, 'action': action_size, 'physics': EXORL_PHYSICS_SIZES[domain]}
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            missing = [name for name in names if name not in archive.files]
+            if missing:
+                raise UserError(f'{path}: it holds no {missing[0]}, only {", ".join(archive.files)}')
+            episode = {name: archive[name] for name in names}
+    except UNREADABLE as error:
+        reason = ' '.join(str(error).split())
+        raise UserError(
+            f'{path} cannot be read ({type(error).__name__}: {reason}): it is damaged or not an npz file; delete it, '
+            'and fetch or collect it again'
+        ) from error
+    for name, array in episode.items():
+        expected = (named_steps(path) + 1, widths[name])
+        if array.shape != expected:
+            raise UserError(
+                f'{path}: {name} has shape {array.shape}, but {domain} with {named_steps(path)} steps needs '
+                f'{expected}; is it an episode of another domain, or cut off?'
+            )
+        if not np.issubdtype(array.dtype, np.floating):
+            raise UserError(f'{path}: {name} holds {array.dtype}; floating-point numbers are expected')
+        if name != 'physics':  # States keep their precision: rewards are computed from them.
+            with np.errstate(over='ignore'):
+                episode[name] = array.astype(np.float32, copy=False)
+        finite = np.isfinite(episode[name]).all(axis=1)
+        if not finite.all():
+            raise UserError(f'{path}: {name} holds a NaN or an infinity, first in row {int(np.argmin(finite))}')
+    if 'action' in episode and np.abs(episode['action']).max() > 1.0 + ACTION_TOLERANCE:
+        raise UserError(f'{path}: actions reach {np.abs(episode["action"]).max():.3g}; they are expected in [-1, 1]')
+    return episode
+
+
+def write_episode(buffer: Path, index: int, episode: dict[str, np.ndarray]) -> Path:
+    """Writes an episode (arrays of T + 1 rows, ExORL's names), wholly or not at all."""
+    path = buffer / episode_name(index, len(episode['observation']) - 1)
+    temporary = buffer / f'{path.name}.{os.getpid()}.tmp'
+    try:
+        with open(temporary, 'wb') as file:
+            np.savez(file, **episode)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return path
+
+
+def is_readable(path: Path) -> bool:
+    """Whether the file is there with every byte as it was written."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except UNREADABLE:
+        return False
+
+
+def read_metadata(buffer: Path) -> dict | None:
+    """How the episodes came about; None if nothing, or nothing readable, says so."""
+    try:
+        content = json.loads((buffer.parent / METADATA_NAME).read_text())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def write_metadata(buffer: Path, metadata: dict) -> None:
+    """Notes how the episodes of the folder come about, atomically."""
+    path = buffer.parent / METADATA_NAME
+    temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
+    temporary.write_text(json.dumps(metadata, indent=2, sort_keys=True) + '\n')
+    os.replace(temporary, path)
