@@ -95,7 +95,7 @@ PRESETS = {
     'small': Preset(
         flags={
             'pretraining_steps': 8_000,
-            'finetuning_steps': 6_000,
+            'finetuning_steps': 10_000,
             'pretraining_size': 60_000,
             'finetuning_size': 30_000,
             'log_interval': 250,
