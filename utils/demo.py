@@ -114,15 +114,14 @@ def table(scores, num_seeds, num_episodes):
                 cells.append(f'{scale * score[name]:7.1f} ± {scale * score[f"{name}_std"]:5.1f}')
         lines.append(f'{policy:20} {cells[0]:>16} {cells[1]:>16}')
     if num_seeds > 1:
-        gains = [
-            100 * (f['success'] - c['success']) for c, f in zip(scores[POLICIES[1]], scores[POLICIES[2]], strict=True)
-        ]
-        standard_error = np.std(gains, ddof=1) / np.sqrt(num_seeds)
-        ratio = f' = {np.mean(gains) / standard_error:.1f} standard errors' if standard_error > 0 else ''
-        lines.append(
-            f'fine-tuned minus clone: {np.mean(gains):.1f} ± {standard_error:.1f} (standard error)'
-            f' points of success{ratio}'
-        )
+        for name, scale, unit in (('return', 1, 'return'), ('success', 100, 'points of success')):
+            pairs = zip(scores[POLICIES[1]], scores[POLICIES[2]], strict=True)
+            gains = [scale * (fine_tuned[name] - clone[name]) for clone, fine_tuned in pairs]
+            standard_error = np.std(gains, ddof=1) / np.sqrt(num_seeds)
+            ratio = f' = {np.mean(gains) / standard_error:.1f} standard errors' if standard_error > 0 else ''
+            lines.append(
+                f'fine-tuned minus clone: {np.mean(gains):.1f} ± {standard_error:.1f} (standard error) {unit}{ratio}'
+            )
     return '\n'.join(lines)
 
 
