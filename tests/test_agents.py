@@ -135,6 +135,11 @@ def update(agent, batch, key, kind):
     return updated, metrics, reached
 
 
+@jax.jit
+def act(agent, observations, key, temperature):
+    return agent.act(observations, key, temperature)
+
+
 def any_nonzero(tree):
     return functools.reduce(jnp.logical_or, [jnp.any(leaf != 0) for leaf in jax.tree.leaves(tree)])
 
@@ -202,7 +207,7 @@ def test_images(name, kind):
     agent, batch = image_case(name)
     check_update(name, kind, agent, batch, images=True)
     if kind == 'pretrain':
-        actions = agent.act(batch['observations'], KEY)
+        actions = act(agent, batch['observations'], KEY, 1.0)
         assert actions.shape == batch['actions'].shape and jnp.abs(actions).max() <= 1
 
 
@@ -335,12 +340,13 @@ def test_validation_leaves_the_agents_alone(name):
 
 def test_act(name):
     agent, batch = state_case(name)
-    mode = agent.act(batch['observations'], KEY, 0.0)
+    mode = act(agent, batch['observations'], KEY, 0.0)
     assert mode.shape == batch['actions'].shape
-    np.testing.assert_array_equal(mode, agent.act(batch['observations'], jax.random.key(9), 0.0))
-    noisy = agent.act(batch['observations'], KEY)
-    assert jnp.abs(noisy - mode).max() > 0.1 and not equal(noisy, agent.act(batch['observations'], jax.random.key(9)))
-    assert jnp.abs(agent.act(100 * batch['observations'], KEY, 100.0)).max() <= 1
+    np.testing.assert_array_equal(mode, act(agent, batch['observations'], jax.random.key(9), 0.0))
+    noisy = act(agent, batch['observations'], KEY, 1.0)
+    assert jnp.abs(noisy - mode).max() > 0.1
+    assert not equal(noisy, act(agent, batch['observations'], jax.random.key(9), 1.0))
+    assert jnp.abs(act(agent, 100 * batch['observations'], KEY, 100.0)).max() <= 1
 
 
 # ----------------------------------------------------------------------------------------------------- configuration

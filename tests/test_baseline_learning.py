@@ -110,7 +110,7 @@ def test_the_optimal_value_of_a_chain(name):
             return agent.networks.value.apply({'params': agent.params['value']}, states)
         return agent.networks.critic.apply({'params': agent.params['critic']}, states, actions[:, None]).min(axis=0)
 
-    learned = np.asarray(jax.vmap(values)(agents, policy))
+    learned = np.asarray(jax.jit(jax.vmap(values))(agents, policy))
     assert np.abs(learned - OPTIMAL).max() < 0.4, f'learned {np.round(learned, 2)}, optimal {np.round(OPTIMAL, 2)}'
     assert policy[:, :-1].min() > 0.1, f'policy {np.round(policy, 2)}'
 

@@ -137,7 +137,7 @@ def test_views_of_images_are_independent_crops():
     pad, size = datasets.CROP_PADDING, images.shape[1]
     padded = np.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)), mode='edge')
     offsets = []
-    for view in np.asarray(agent.views(batch['observations'], KEY)):
+    for view in np.asarray(jax.jit(lambda agent: agent.views(batch['observations'], KEY))(agent)):
         assert view.shape == images.shape and view.dtype == np.uint8
         for image, whole in zip(view, padded, strict=True):
             crops = {(y, x): whole[y : y + size, x : x + size] for y in range(2 * pad + 1) for x in range(2 * pad + 1)}
@@ -174,6 +174,7 @@ def test_features_do_not_collapse():
     trained, metrics = training.train_chunk(trained, dataset, keys, jnp.int32(0), phase='pretraining', n=1000)
     assert (metrics['repr_loss'][1] < 0).all()
 
+    @jax.jit
     @jax.vmap
     def both_views(agent):
         return agent.features(agent.params, agent.views(dataset.observations, KEY))
