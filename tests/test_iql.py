@@ -92,5 +92,5 @@ def test_weights_of_awr_are_bounded_without_overflow():
         return common.advantage_weighted_regression(qs, np.zeros(2), means, np.ones_like(means), actions, alpha=1.0)
 
     (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(np.ones_like(actions))
-    np.testing.assert_allclose(metrics['awr_weight'], (100 + 1) / 2)
-    np.testing.assert_allclose(gradient, [[50.0] * tiny.ACTION_DIM, [0.5] * tiny.ACTION_DIM])
+    np.testing.assert_allclose(metrics['awr_weight'], (100 + 1) / 2, rtol=1e-5)
+    np.testing.assert_allclose(gradient, [[50.0] * tiny.ACTION_DIM, [0.5] * tiny.ACTION_DIM], rtol=1e-5)

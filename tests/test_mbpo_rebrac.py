@@ -83,14 +83,26 @@ def test_gradients(name):
 # -------------------------------------------------------------------------------------------------------- imagination
 
 
+@functools.cache
+def dreamer():
+    """An agent whose imagined trajectories are longer, and end."""
+    agent = tiny_agents.make_agent(
+        'mbpo_rebrac', tiny_agents.make_batch(), num_model_rollouts=10, num_model_rollout_steps=3
+    )
+    return tiny_agents.with_config(agent, termination_reward=0.1)
+
+
+@jax.jit
+def imagine(agent, batch):
+    return agent.imagine(batch, KEY)
+
+
 @pytest.mark.parametrize('reward_at', ['observations', 'next_observations'])
 def test_imagined_transitions_follow_model_policy_and_reward(reward_at):
     """Every row against the model in float64, and rows of one rollout in sequence: the state advances, a' is the next
     row's action."""
-    batch = tiny_agents.make_batch(reward_at=reward_at)
-    agent = tiny_agents.make_agent('mbpo_rebrac', batch, num_model_rollouts=10, num_model_rollout_steps=3)
-    agent = tiny_agents.with_config(agent, termination_reward=0.1)
-    rows = reference.float64(agent.imagine(batch, KEY))
+    agent, batch = dreamer(), tiny_agents.make_batch(reward_at=reward_at)
+    rows = reference.float64(imagine(agent, batch))
     params, config = reference.float64(agent.params), agent.config
     s, a, next_s = rows['observations'], rows['actions'], rows['next_observations']
     assert s.shape == (30, tiny.STATE_DIM)
@@ -106,18 +118,17 @@ def test_imagined_transitions_follow_model_policy_and_reward(reward_at):
     assert 0 < rows['masks'].mean() < 1
 
     keys = jax.random.split(KEY, 4)  # Of the first actions, then of each step's next actions.
-    for k, (states, actions) in enumerate(
-        [(s[:10], a[:10]), *zip(next_s.reshape(3, 10, -1), rows['next_actions'].reshape(3, 10, -1))]
-    ):
+    visited, taken = [*s.reshape(3, 10, -1), next_s[-10:]], [*a.reshape(3, 10, -1), rows['next_actions'][-10:]]
+    for key, states, actions in zip(keys, visited, taken, strict=True):
         means, stds = reference.actor(params['actor'], config, states)
-        noise = np.float64(jax.random.normal(keys[k], actions.shape))
+        noise = np.float64(jax.random.normal(key, actions.shape))
         np.testing.assert_allclose(actions, np.tanh(means + stds * noise), atol=1e-4)
 
 
 def test_without_a_rule_nothing_ends():
     agent, batch = make_case('defaults')
     assert agent.config.termination_reward is None
-    assert (agent.imagine(batch, KEY)['masks'] == 1).all()
+    assert (imagine(agent, batch)['masks'] == 1).all()
 
 
 def test_tasks_with_a_rule():
@@ -157,7 +168,7 @@ def test_imagined_returns_match_the_true_model_on_linear_dynamics():
     )
     agent = jax.tree.map(lambda x: x[0], trained)
     batch = datasets.sample(dataset, jax.random.key(9), 64, agent.needs)
-    rows = {k: np.float64(v).reshape(5, 64, -1) for k, v in agent.imagine(batch, KEY).items()}
+    rows = {k: np.float64(v).reshape(5, 64, -1) for k, v in imagine(agent, batch).items()}
 
     state, true_return, imagined_return = rows['observations'][0], 0.0, 0.0
     for t in range(5):
@@ -195,9 +206,10 @@ def test_batches_are_half_imagined_from_filled_rows_alone():
     agent, batch = make_case('defaults')
     half = tiny.BATCH_SIZE // 2
     filled = np.asarray(agent.buffer['observations'][:ROWS])
+    mixed_batch = jax.jit(lambda agent, seed: agent.mixed_batch(batch, jax.random.key(seed)))
     drawn = set()
     for seed in range(10):
-        mixed = agent.mixed_batch(batch, jax.random.key(seed))
+        mixed = mixed_batch(agent, seed)
         assert mixed.keys() == set(TRANSITION)
         for name in TRANSITION:
             assert mixed[name].shape == batch[name].shape
@@ -209,7 +221,7 @@ def test_batches_are_half_imagined_from_filled_rows_alone():
                 np.testing.assert_array_equal(mixed[name][i], agent.buffer[name][row])
     assert len(drawn) == ROWS, 'all of them, given time'
 
-    empty = agent.replace(num_writes=jnp.int32(0)).mixed_batch(batch, KEY)
+    empty = mixed_batch(agent.replace(num_writes=jnp.int32(0)), 0)
     for name in TRANSITION:
         np.testing.assert_array_equal(empty[name], batch[name])
 
@@ -229,10 +241,10 @@ def test_imagined_data_change_the_update():
     updated, metrics = update(unused, batch)
     assert updated.num_writes == 1
     imagination_key, loss_key = jax.random.split(KEY)
-    expected = unused.remember(unused.imagine(batch, imagination_key)).finetuning_loss(unused.params, batch, loss_key)
-    np.testing.assert_allclose(metrics['critic_loss'], expected[1]['critic_loss'], rtol=1e-4)
-    plain = unused.finetuning_loss(unused.params, batch, loss_key)[1]
-    assert abs(metrics['critic_loss'] - plain['critic_loss']) > 1e-3
+    loss = jax.jit(lambda agent: agent.finetuning_loss(agent.params, batch, loss_key)[1]['critic_loss'])
+    imagined = jax.jit(lambda agent: agent.remember(agent.imagine(batch, imagination_key)))(unused)
+    np.testing.assert_allclose(metrics['critic_loss'], loss(imagined), rtol=1e-4)
+    assert abs(metrics['critic_loss'] - loss(unused)) > 1e-3
 
 
 def test_the_default_buffer_holds_a_hundred_batches():

@@ -64,11 +64,11 @@ def test_noise_is_clipped_at_work():
 
 
 def test_the_squashed_density_integrates_to_one():
-    edges = jnp.tanh(jnp.linspace(-9, 9, 20_001))
-    actions = ((edges[1:] + edges[:-1]) / 2)[:, None]
-    for mean, std in ((0.0, 1.0), (1.2, 0.5), (-0.5, 2.0)):
+    edges = np.tanh(np.linspace(-6, 6, 20_001))
+    actions = np.float32((edges[1:] + edges[:-1]) / 2)[:, None]
+    for mean, std in ((0.0, 1.0), (1.2, 0.5), (-0.5, 1.5)):
         density = jnp.exp(tanh_gaussian_log_prob(jnp.full((1, 1), mean), jnp.full((1, 1), std), actions))
-        np.testing.assert_allclose((np.float64(density) * np.diff(np.float64(edges))).sum(), 1, atol=5e-3)
+        np.testing.assert_allclose((np.float64(density) * np.diff(edges)).sum(), 1, atol=2e-3)
 
 
 def test_the_squashed_density_is_exact_at_the_limit_of_the_data():

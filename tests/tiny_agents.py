@@ -10,7 +10,7 @@ import agents
 from tests import tiny
 
 # Taken by the agents that have these settings; every `…hidden_dims` is WIDTHS.
-WIDTHS = (24, 16)
+WIDTHS = (16,)  # One hidden layer compiles fastest; deeper networks are `test_networks.py`'s.
 TINY = dict(
     batch_size=tiny.BATCH_SIZE,
     discount=0.9,
