@@ -1,5 +1,7 @@
 """What several agents share: losses that are no one's own, target averaging, and the per-module Adam step."""
 
+import logging
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -110,3 +112,109 @@ def adam_step(agent, modules, loss_fn):
         updates, opt_states[name] = optimizer.update(grads[name], opt_states[name])
         params[name] = optax.apply_updates(params[name], updates)
     return params, opt_states, metrics
+
+
+# -------------------------------------------------------------------------------------------- contrastive occupancies
+
+
+def contrastive_logits(state_actions, goals):
+    """f_ij = φ(s_i, a_i)·ψ(g_j)/√Z for every pair of rows: (E, B, Z), (E, G, Z) → (E, B, G)."""
+    return jnp.einsum('eik,ejk->eij', state_actions, goals) / jnp.sqrt(goals.shape[-1])
+
+
+def contrastive_metrics(logits):
+    """What tells positive pairs, the diagonal, from negative ones in logits (E, B, B)."""
+    logits = logits.mean(axis=0)
+    positives = jnp.diagonal(logits)
+    negatives = (logits.sum() - positives.sum()) / max(logits.size - positives.size, 1)
+    correct = jnp.argmax(logits, axis=1) == jnp.arange(logits.shape[0])
+    return {'positive_logits': positives.mean(), 'negative_logits': negatives, 'contrastive_accuracy': correct.mean()}
+
+
+def importance_weighted_actor_loss(logits, goal_rewards, means, stds, actions, alpha: float, normalize: bool):
+    """L_π = −λ·E q − α·E log π(a|s) with q_i = w_i·R(g_i) and w_i = B·softmax_j(f_ij)_i, in log space: the estimate
+    of the density ratio p(g_i | s_i, a_i) / p(g_i) (contrastive RL, arXiv 2206.07568, §4; TD InfoNCE, 2310.20141, §4).
+
+    logits: (B, B), of the policy's own actions; goal_rewards: (B,); means, stds, actions: (B, A).
+    """
+    log_weights = jnp.diagonal(logits) - jax.nn.logsumexp(logits, axis=1) + jnp.log(logits.shape[1])
+    weights = jnp.exp(log_weights)
+    q = weights * goal_rewards
+    bc_loss, metrics = behavioral_cloning(means, stds, actions)
+    loss = q_maximization(q, normalize) + alpha * bc_loss
+    return loss, {'actor_loss': loss, 'actor_q': q.mean(), 'importance_weight': weights.mean(), **metrics}
+
+
+# --------------------------------------------------------------------------------------------- latents of skills, tasks
+
+
+def to_sphere(vectors):
+    """vectors (…, Z) scaled to the norm √Z; those shorter than 1e-6 stay short, with a finite gradient."""
+    squared_norms = jnp.sum(vectors**2, axis=-1, keepdims=True)
+    return vectors * jnp.sqrt(vectors.shape[-1]) * lax.rsqrt(jnp.maximum(squared_norms, 1e-12))
+
+
+def sphere_latents(key, shape):
+    """Latents uniform on the sphere of radius √Z, Z = shape[-1]."""
+    return to_sphere(jax.random.normal(key, shape))
+
+
+def task_latent(direction, key):
+    """The latent (Z,) of a task that was inferred as a `direction` of any length: scaled to √Z.
+
+    Where there is none to scale, because all rewards are zero or the representation is constant, a random direction
+    takes its place and the log says so.
+    """
+    largest = jnp.abs(direction).max()
+    uninformative = ~(jnp.isfinite(largest) & (largest > 0))
+    # A pure function cannot warn; the callback can, once for each seed under vmap.
+    jax.debug.callback(_warn_of_random_latent, uninformative)
+    # By its largest entry first: the squares of a tiny direction would vanish.
+    scaled = to_sphere(direction / jnp.where(uninformative, 1.0, largest))
+    return jnp.where(uninformative, sphere_latents(key, direction.shape), scaled)
+
+
+def _warn_of_random_latent(uninformative):
+    if uninformative:
+        logging.warning(
+            'the rewards of the labelled samples say nothing of the task (all are zero, or the representation is '
+            'constant): its latent is a random direction'
+        )
+
+
+def map_observations(function, observations, block: int = 256):
+    """function((S, …)) → features for many observations (N, …), `block` rows at a time: images of 10,000 rows would not
+    fit through an encoder at once."""
+    return lax.map(function, observations, batch_size=block)
+
+
+def latent_iql_losses(agent, params, batch, latents, rewards, masks, *, alpha: float, update_actor: bool):
+    """IQL (arXiv 2110.06169) with V(s, z), Q(s, a, z) and π(a|s, z): a list of (loss, metrics), L_V, L_Q and, with
+    `update_actor`, the advantage-weighted L_π.
+
+    agent: has networks value, critic and actor, a target critic, and config.discount and config.expectile.
+    latents: (B, Z); rewards, masks: (B,).
+    """
+    networks, config = agent.networks, agent.config
+    observations, actions = batch['observations'], batch['actions']
+    values = networks.value.apply({'params': params['value']}, observations, latents)
+    next_values = networks.value.apply({'params': params['value']}, batch['next_observations'], latents)
+    qs = networks.critic.apply({'params': params['critic']}, observations, actions, latents)
+    target_qs = networks.critic.apply({'params': agent.target_params['critic']}, observations, actions, latents)
+    terms = [
+        iql_value_loss(target_qs, values, config.expectile),
+        iql_critic_loss(qs, next_values, rewards, masks, config.discount),
+    ]
+    if update_actor:
+        means, stds = networks.actor.apply({'params': params['actor']}, observations, latents)
+        terms.append(advantage_weighted_regression(qs, values, means, stds, actions, alpha))
+    return terms
+
+
+def update_modules(agent, modules, loss_fn):
+    """`adam_step`, then the moving average of the targets of the modules that it trained; the other targets are
+    copies of modules that stand still, and stay exactly as they are. Returns (agent, metrics)."""
+    params, opt_states, metrics = adam_step(agent, modules, loss_fn)
+    moving = {name: target for name, target in agent.target_params.items() if name in modules}
+    target_params = agent.target_params | target_update(params, moving, agent.config.tau)
+    return agent.replace(params=params, opt_states=opt_states, target_params=target_params), metrics

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from utils.errors import UserError
+from utils.goals import Goals, sample_goal_rows
 
 ACTION_LIMIT = 1.0 - 1e-5  # Data set actions are clipped to ±this, so that a squashed policy can reach them.
 CROP_PADDING = 3  # Pixels of edge replication around an image before its random crop.
@@ -131,25 +132,41 @@ def random_crop(images, offsets):
     return jax.vmap(crop)(padded, offsets)
 
 
+def sample_goals(dataset: Dataset, key, rows, needs=frozenset()):
+    """What the `Goals` among `needs` ask for, for the transitions at `rows`; `utils.goals.Goals` lists the entries."""
+    batch = {}
+    # A set has no order of its own that two processes would agree on.
+    kinds = sorted((need for need in needs if isinstance(need, Goals)), key=lambda goals: goals.name)
+    for index, goals in enumerate(kinds):
+        goal_rows = sample_goal_rows(
+            goals, jax.random.fold_in(key, index), rows, dataset.ends[rows], len(dataset.observations)
+        )
+        batch[f'{goals.name}s'] = gather_observations(dataset, goal_rows)
+        batch[f'{goals.name}_masks'] = (goal_rows != rows).astype(jnp.float32)
+    return batch
+
+
 def augment(batch, key, p_aug: float, reward_at: str):
-    """With probability `p_aug` for the whole batch, crops each row's images at a random offset, the same for s, s' and
-    stacked frames."""
+    """With probability `p_aug` for the whole batch, crops each row's images at a random offset, the same for s, s',
+    goals and stacked frames."""
     gate_key, offset_key = jax.random.split(key)
     batch_size = batch['actions'].shape[0]
     offsets = jax.random.randint(offset_key, (batch_size, 2), 0, 2 * CROP_PADDING + 1)
     # The centre offset is the identity, which spares a branch on the gate.
     offsets = jnp.where(jax.random.uniform(gate_key) < p_aug, offsets, CROP_PADDING)
-    batch = {**batch, **{k: random_crop(batch[k], offsets) for k in ('observations', 'next_observations')}}
+    images = [k for k in batch if batch[k].ndim == 4 and k != 'reward_observations']
+    batch = {**batch, **{k: random_crop(batch[k], offsets) for k in images}}
     if 'reward_observations' in batch:
         batch['reward_observations'] = batch[reward_at]
     return batch
 
 
 def sample(dataset: Dataset, key, batch_size: int, needs=frozenset()):
-    """A batch of `batch_size` transitions: a pure, jit-able function of (dataset, key). See `gather_batch` for its
-    entries."""
-    rows_key, augmentation_key = jax.random.split(key)
-    batch = gather_batch(dataset, sample_rows(dataset, rows_key, batch_size, needs), needs)
+    """A batch of `batch_size` transitions: a pure, jit-able function of (dataset, key). See `gather_batch` and
+    `sample_goals` for its entries."""
+    rows_key, augmentation_key, goals_key = jax.random.split(key, 3)
+    rows = sample_rows(dataset, rows_key, batch_size, needs)
+    batch = gather_batch(dataset, rows, needs) | sample_goals(dataset, goals_key, rows, needs)
     if dataset.p_aug > 0 and dataset.observations.dtype == jnp.uint8:
         batch = augment(batch, augmentation_key, dataset.p_aug, dataset.reward_at)
     return batch

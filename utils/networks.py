@@ -203,3 +203,62 @@ def tanh_gaussian_log_prob(means, stds, actions):
     """
     log_derivatives = jnp.log1p(actions) + jnp.log1p(-actions)
     return gaussian_log_prob(means, stds, jnp.arctanh(actions)) - log_derivatives.sum(axis=-1)
+
+
+class VectorHead(nn.Module):
+    """A function of concatenated inputs to a vector per row, behind an optional image encoder on the first input.
+
+    As `ScalarHead`: with `num_ensembles` ≥ 2 the output is (num_ensembles, B, output_dim), from MLPs with separate
+    parameters behind one shared encoder; with 1 it is (B, output_dim).
+    """
+
+    output_dim: int
+    hidden_dims: Sequence[int]
+    layer_norm: bool = True
+    num_ensembles: int = 1
+    encoder: nn.Module | None = None
+
+    @nn.compact
+    def __call__(self, observations, *inputs):
+        if self.encoder is not None:
+            observations = self.encoder(observations)
+        x = jnp.concatenate([observations, *inputs], axis=-1)
+        mlp = MLP
+        if self.num_ensembles > 1:
+            mlp = nn.vmap(
+                MLP,
+                variable_axes={'params': 0},
+                split_rngs={'params': True},
+                in_axes=None,
+                out_axes=0,
+                axis_size=self.num_ensembles,
+            )
+        return mlp(self.hidden_dims, self.output_dim, self.layer_norm)(x)
+
+
+class ContrastiveCritic(nn.Module):
+    """The representations φ_e(s, a) and ψ_e(g) whose inner products are contrastive logits: each (E, B, Z).
+
+    The two are apart, so that one set of goals meets several of states and actions; each has an encoder of its own.
+    """
+
+    latent_dim: int
+    hidden_dims: Sequence[int]
+    layer_norm: bool = True
+    num_ensembles: int = 2
+    encoder: nn.Module | None = None
+    goal_encoder: nn.Module | None = None
+
+    def setup(self):
+        sizes = (self.latent_dim, self.hidden_dims, self.layer_norm, self.num_ensembles)
+        self.state_action_head = VectorHead(*sizes, encoder=self.encoder)
+        self.goal_head = VectorHead(*sizes, encoder=self.goal_encoder)
+
+    def state_actions(self, observations, actions):
+        return self.state_action_head(observations, actions)
+
+    def goals(self, goals):
+        return self.goal_head(goals)
+
+    def __call__(self, observations, actions, goals):
+        return self.state_actions(observations, actions), self.goals(goals)

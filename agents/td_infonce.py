@@ -1,0 +1,265 @@
+"""TD InfoNCE + IS: temporal difference contrastive learning with importance-sampled rewards (arXiv 2310.20141).
+
+Pre-training fits, on reward-free transitions, logits f(s, a, g) = φ(s, a)·ψ(g)/√Z, the log ratio of the discounted
+occupancy of (s, a) to the goals' marginal, by a temporal difference: the next state is a positive example, and at
+(s', a') a target network says how much of one each other goal is. Besides, it clones the policy.
+Fine-tuning goes on with the policy's own next action, learns the reward, and improves the policy on Q, the rewards of
+goals weighted with the density ratios of the policy's action, with behavioural cloning as regulariser.
+
+This file holds the configuration, the losses and the updates; sampling batches, looping over steps and files live
+elsewhere.
+Shapes: B batch, E ensemble members, A action dimensions, Z latent dimensions.
+"""
+
+from typing import Any, NamedTuple
+
+import flax
+import jax
+import jax.numpy as jnp
+import ml_collections
+from flax import linen as nn
+from jax import lax
+
+from agents import common
+from utils.encoders import make_encoder
+from utils.errors import UserError
+from utils.goals import Goals
+from utils.networks import ContrastiveCritic, GaussianActor, ScalarHead
+
+
+class Networks(NamedTuple):
+    """Module definitions (no parameters); names are the keys of `TDInfoNCEAgent.params`."""
+
+    critic: nn.Module
+    reward: nn.Module
+    actor: nn.Module
+
+
+class TDInfoNCEAgent(flax.struct.PyTreeNode):
+    """Parameters and optimiser states; every method is pure, jit-able, and vmap-able over seeds."""
+
+    params: dict[str, Any]
+    target_params: dict[str, Any]
+    opt_states: dict[str, Any]
+    networks: Networks = flax.struct.field(pytree_node=False)
+    config: ml_collections.FrozenConfigDict = flax.struct.field(pytree_node=False)
+
+    @property
+    def needs(self) -> frozenset:
+        """What the training loop must put into a batch besides observations, actions, next observations (and
+        rewards): the goals of the contrastive loss, and those of the actor's."""
+        config = self.config
+        goals = Goals('goal', **{config.goals: 1.0}, discount=config.discount)
+        return frozenset({'next_actions', goals, Goals('actor_goal', **{config.actor_goals: 1.0})})
+
+    # ------------------------------------------------------------------------------------------------------- features
+
+    def state_actions(self, params, observations, actions):
+        """φ_e(s, a): (E, B, Z)."""
+        return self.networks.critic.apply({'params': params['critic']}, observations, actions, method='state_actions')
+
+    def goals(self, params, goals):
+        """ψ_e(g): (E, B, Z)."""
+        return self.networks.critic.apply({'params': params['critic']}, goals, method='goals')
+
+    def aggregate(self, logits):
+        """The two members' logits (E, …) as one."""
+        return logits.mean(axis=0) if self.config.logit_agg == 'mean' else logits.min(axis=0)
+
+    # --------------------------------------------------------------------------------------------------------- losses
+
+    def contrastive_loss(self, params, batch, next_actions):
+        """E_{e,i}[(1−γ)·ℓ1 + γ·ℓ2] (TD InfoNCE, arXiv 2310.20141, §3.2): ℓ1 tells the next state from the other
+        rows' goals; ℓ2 is the cross-entropy of all goals with the weights W that the target network gives them as
+        futures of (s', a').
+
+        next_actions: (B, A), a' of the behaviour (SARSA) or of the policy.
+        """
+        state_actions = self.state_actions(params, batch['observations'], batch['actions'])
+        logits = common.contrastive_logits(state_actions, self.goals(params, batch['goals']))
+        next_goals = self.goals(params, batch['next_observations'])
+        positives = (state_actions * next_goals).sum(axis=2) / jnp.sqrt(self.config.latent_dim)  # (E, B)
+        # The diagonal of the negatives makes room for the positive.
+        with_positives = jnp.where(jnp.eye(logits.shape[1], dtype=bool), positives[:, :, None], logits)
+        current_losses = jax.nn.logsumexp(with_positives, axis=2) - positives
+
+        next_logits = common.contrastive_logits(
+            self.state_actions(self.target_params, batch['next_observations'], lax.stop_gradient(next_actions)),
+            self.goals(self.target_params, batch['goals']),
+        )
+        weights = jax.nn.softmax(self.aggregate(next_logits), axis=1)
+        future_losses = -(weights * jax.nn.log_softmax(logits, axis=2)).sum(axis=2)
+
+        loss = jnp.mean((1 - self.config.discount) * current_losses + self.config.discount * future_losses)
+        return loss, {
+            'contrastive_loss': loss,
+            'current_contrastive_loss': current_losses.mean(),
+            'future_contrastive_loss': future_losses.mean(),
+            **common.contrastive_metrics(with_positives),
+        }
+
+    def reward_loss(self, params, batch):
+        """L_R = E(R(s̃) − r)², s̃ the state that the reward belongs to."""
+        predictions = self.networks.reward.apply({'params': params['reward']}, batch['reward_observations'])
+        return common.reward_regression(predictions, batch['rewards'])
+
+    def cloning_loss(self, params, batch):
+        """L_BC = −E log π(a|s)."""
+        means, stds = self.networks.actor.apply({'params': params['actor']}, batch['observations'])
+        return common.behavioral_cloning(means, stds, batch['actions'])
+
+    def actor_loss(self, params, batch):
+        """L_π = −λ·E w_i·R(g_i) − α·E log π(a|s), w the density ratio at the policy's mode."""
+        means, stds = self.networks.actor.apply({'params': params['actor']}, batch['observations'])
+        frozen = lax.stop_gradient(params)
+        logits = common.contrastive_logits(
+            self.state_actions(frozen, batch['observations'], jnp.clip(means, -1, 1)),
+            self.goals(frozen, batch['actor_goals']),
+        )
+        goal_rewards = self.networks.reward.apply({'params': frozen['reward']}, batch['actor_goals'])
+        return common.importance_weighted_actor_loss(
+            self.aggregate(logits),
+            goal_rewards,
+            means,
+            stds,
+            batch['actions'],
+            self.config.alpha,
+            self.config.normalize_q_loss,
+        )
+
+    def pretraining_loss(self, params, batch, key):
+        """L = L_contrastive + L_BC, with the behaviour's next actions."""
+        del key  # Nothing is drawn: the goals are part of the batch.
+        contrastive_loss, contrastive_metrics = self.contrastive_loss(params, batch, batch['next_actions'])
+        bc_loss, bc_metrics = self.cloning_loss(params, batch)
+        loss = contrastive_loss + bc_loss
+        return loss, {'loss': loss, **contrastive_metrics, **bc_metrics}
+
+    def finetuning_loss(self, params, batch, key, update_actor: bool = True):
+        """L = L_R + L_contrastive with the policy's next actions, + L_π in the steps that update the actor."""
+        del key
+        next_means, _ = self.networks.actor.apply({'params': params['actor']}, batch['next_observations'])
+        terms = [
+            self.reward_loss(params, batch),
+            self.contrastive_loss(params, batch, jnp.clip(next_means, -1, 1)),
+        ]
+        if update_actor:
+            terms.append(self.actor_loss(params, batch))
+        loss = sum(term for term, _ in terms)
+        return loss, {'loss': loss, **{name: value for _, metrics in terms for name, value in metrics.items()}}
+
+    # -------------------------------------------------------------------------------------------------------- updates
+
+    def pretrain(self, batch, key):
+        """One reward-free update of critic and cloned actor; returns (agent, metrics)."""
+        return self._step(['critic', 'actor'], lambda params: self.pretraining_loss(params, batch, key))
+
+    def finetune(self, batch, key, *, update_actor: bool):
+        """One update on labelled data; `update_actor` is static, and without it the actor stays exactly where it is."""
+        modules = ['critic', 'reward', 'actor'] if update_actor else ['critic', 'reward']
+        return self._step(modules, lambda params: self.finetuning_loss(params, batch, key, update_actor))
+
+    def begin_finetuning(self, labelled_batch, key):
+        """The switch between the phases: every target is set to a copy of its online network."""
+        del labelled_batch, key  # Nothing is inferred from labelled data here.
+        return self.replace(target_params=common.copy_of({name: self.params[name] for name in self.target_params}))
+
+    def act(self, observations, key, temperature=1.0):
+        """Actions (B, A) in [−1, 1]: the mode plus `temperature` times the policy's noise; 0 gives the mode."""
+        means, stds = self.networks.actor.apply({'params': self.params['actor']}, observations)
+        return jnp.clip(means + temperature * stds * jax.random.normal(key, means.shape), -1, 1)
+
+    def _step(self, modules, loss_fn):
+        return common.update_modules(self, modules, loss_fn)
+
+    # ------------------------------------------------------------------------------------------------------- creation
+
+    @classmethod
+    def create(cls, key, example_batch, config):
+        """A fresh agent for batches like `example_batch`.
+
+        key: a JAX random key. example_batch: observations (B, …), actions (B, A). Raises UserError for an inconsistent
+        config.
+        """
+        config = ml_collections.FrozenConfigDict(config)
+        validate_config(config)
+        observations, actions = example_batch['observations'], example_batch['actions']
+        keys = dict(zip(Networks._fields, jax.random.split(key, len(Networks._fields)), strict=True))
+        params = {}
+
+        def init(name, module, *inputs, **kwargs):
+            params[name] = module.init(keys[name], *inputs, **kwargs)['params']
+
+        networks = Networks(
+            critic=ContrastiveCritic(
+                config.latent_dim,
+                config.value_hidden_dims,
+                config.value_layer_norm,
+                encoder=make_encoder(config.encoder),
+                goal_encoder=make_encoder(config.encoder),
+            ),
+            reward=ScalarHead(
+                config.reward_hidden_dims, config.reward_layer_norm, encoder=make_encoder(config.encoder)
+            ),
+            actor=GaussianActor(
+                action_dim=actions.shape[-1],
+                hidden_dims=config.actor_hidden_dims,
+                layer_norm=config.actor_layer_norm,
+                const_std=config.const_std,
+                encoder=make_encoder(config.encoder),
+            ),
+        )
+        init('critic', networks.critic, observations, actions, observations)
+        init('reward', networks.reward, observations)
+        init('actor', networks.actor, observations)
+        return cls(
+            params=params,
+            target_params=common.copy_of({'critic': params['critic']}),
+            opt_states=common.init_adam(params, config),
+            networks=networks,
+            config=config,
+        )
+
+
+AGENT = TDInfoNCEAgent  # What `agents.load` hands to the training loop.
+
+
+def validate_config(config):
+    """Raises UserError for values that no TD InfoNCE run can have."""
+    choices = {
+        'logit_agg': ('mean', 'min'),
+        'goals': ('future', 'marginal'),
+        'actor_goals': ('trajectory', 'marginal'),
+    }
+    for name, allowed in choices.items():
+        if config[name] not in allowed:
+            raise UserError(f'agent.{name}={config[name]!r}: expected one of {", ".join(allowed)}')
+
+
+def get_config():
+    """The defaults; per-task published values come from `utils/presets.py`."""
+    return ml_collections.ConfigDict(
+        dict(
+            agent_name='td_infonce',
+            lr=3e-4,  # Adam learning rate.
+            actor_lr=ml_collections.config_dict.placeholder(float),  # The actor's own learning rate; None: lr.
+            batch_size=256,
+            actor_hidden_dims=(512, 512, 512, 512),
+            value_hidden_dims=(512, 512, 512, 512),  # Both representations of the critic.
+            reward_hidden_dims=(512, 512, 512, 512),
+            value_layer_norm=True,
+            actor_layer_norm=False,
+            reward_layer_norm=True,
+            latent_dim=512,  # Z, of the representations φ and ψ.
+            discount=0.99,  # γ.
+            tau=0.005,  # Rate of the target network's moving average.
+            logit_agg='mean',  # Aggregation of the two members' logits in weights: mean or min.
+            goals='future',  # Goals of the contrastive loss: future (geometric offsets) or marginal (any state).
+            actor_goals='trajectory',  # Goals of the actor loss: trajectory (later states) or marginal (any state).
+            alpha=0.1,  # Weight of behavioural cloning in the actor loss; tuned per task.
+            normalize_q_loss=True,  # Divide the actor's Q term by its mean magnitude.
+            actor_freq=4,  # Fine-tuning steps per actor update.
+            const_std=True,  # Policy standard deviation fixed at 1; else a learned vector.
+            encoder=ml_collections.config_dict.placeholder(str),  # Image encoder (utils/encoders.py); None: states.
+        )
+    )
