@@ -218,3 +218,10 @@ def update_modules(agent, modules, loss_fn):
     moving = {name: target for name, target in agent.target_params.items() if name in modules}
     target_params = agent.target_params | target_update(params, moving, agent.config.tau)
     return agent.replace(params=params, opt_states=opt_states, target_params=target_params), metrics
+
+
+def reset_targets(agent):
+    """The agent with every target set to a copy of its online network; None for None."""
+    if agent is None:
+        return None
+    return agent.replace(target_params=copy_of({name: agent.params[name] for name in agent.target_params}))

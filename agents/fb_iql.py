@@ -143,10 +143,7 @@ class FBIQLAgent(flax.struct.PyTreeNode):
             lambda observations: self.backward(self.params, observations), labelled_batch['reward_observations']
         )
         direction = (labelled_batch['rewards'][:, None] * backwards).mean(axis=0)
-        return self.replace(
-            task_latent=common.task_latent(direction, key),
-            target_params=common.copy_of({name: self.params[name] for name in self.target_params}),
-        )
+        return common.reset_targets(self).replace(task_latent=common.task_latent(direction, key))
 
     def act(self, observations, key, temperature=1.0):
         """Actions (B, A) in [−1, 1] at the task's z: the mode plus `temperature` times the policy's noise; 0 gives the

@@ -51,8 +51,8 @@ class HILPIQLAgent(flax.struct.PyTreeNode):
     def needs(self) -> frozenset:
         """What the training loop must put into a batch besides observations, actions, next observations (and
         rewards): the goals of the distances."""
-        future, discount = FUTURE_GOALS, self.config.discount
-        return frozenset({Goals('goal', future=future, marginal=1 - future, discount=discount)})
+        discount = self.config.discount
+        return frozenset({Goals('goal', future=FUTURE_GOALS, marginal=1 - FUTURE_GOALS, discount=discount)})
 
     # ------------------------------------------------------------------------------------------------------- features
 
@@ -120,6 +120,10 @@ class HILPIQLAgent(flax.struct.PyTreeNode):
         modules = ['representation', 'value', 'critic', 'actor']
         return self._step(modules, lambda params: self.pretraining_loss(params, batch, key))
 
+    def pretrain_representation(self, batch):
+        """One update of the representation without the skills; returns (agent, metrics)."""
+        return self._step(['representation'], lambda params: self.representation_loss(params, batch))
+
     def finetune(self, batch, key, *, update_actor: bool):
         """One update on labelled data; `update_actor` is static, and without it the actor stays exactly where it is."""
         modules = ['value', 'critic', 'actor'] if update_actor else ['value', 'critic']
@@ -138,10 +142,7 @@ class HILPIQLAgent(flax.struct.PyTreeNode):
         # NumPy's cut-off for singular values: below it there is rounding, which would be most of z once it is scaled.
         cutoff = jnp.finfo(displacements.dtype).eps * max(displacements.shape)
         direction = jnp.linalg.lstsq(displacements, labelled_batch['rewards'], rcond=cutoff)[0]
-        return self.replace(
-            task_latent=common.task_latent(direction, key),
-            target_params=common.copy_of({name: self.params[name] for name in self.target_params}),
-        )
+        return common.reset_targets(self).replace(task_latent=common.task_latent(direction, key))
 
     def act(self, observations, key, temperature=1.0):
         """Actions (B, A) in [−1, 1] at the task's z: the mode plus `temperature` times the policy's noise; 0 gives the

@@ -162,7 +162,7 @@ class TDInfoNCEAgent(flax.struct.PyTreeNode):
     def begin_finetuning(self, labelled_batch, key):
         """The switch between the phases: every target is set to a copy of its online network."""
         del labelled_batch, key  # Nothing is inferred from labelled data here.
-        return self.replace(target_params=common.copy_of({name: self.params[name] for name in self.target_params}))
+        return common.reset_targets(self)
 
     def act(self, observations, key, temperature=1.0):
         """Actions (B, A) in [−1, 1]: the mode plus `temperature` times the policy's noise; 0 gives the mode."""

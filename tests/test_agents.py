@@ -58,7 +58,26 @@ ROWS = {
         targets=ACTOR_STEPS,
         images=False,
     ),
+    'crl_infonce': Row(
+        pretrained={'critic', 'actor'}, finetuned={'critic', 'reward'}, targets={kind: set() for kind in UPDATES}
+    ),
+    'td_infonce': Row(
+        pretrained={'critic', 'actor'}, finetuned={'critic', 'reward'}, targets={kind: {'critic'} for kind in UPDATES}
+    ),
+    'fb_iql': Row(
+        pretrained={'forward', 'backward', 'actor'},
+        finetuned={'value', 'critic'},
+        targets={'pretrain': {'forward', 'backward'}, 'finetune': {'critic'}, 'finetune_actor': {'critic'}},
+    ),
+    'hilp_iql': Row(
+        pretrained={'representation', 'value', 'critic', 'actor'},
+        finetuned={'value', 'critic'},
+        targets={'pretrain': {'representation', 'critic'}, 'finetune': {'critic'}, 'finetune_actor': {'critic'}},
+    ),
 }
+
+
+WITHOUT_TARGETS = {'crl_infonce'}
 
 
 def test_every_agent_has_a_row():
@@ -166,7 +185,7 @@ def check_update(name, kind, agent, batch, images):
     assert {m for m in agent.params if not equal(agent.params[m], updated.params[m])} == trained
     assert {m for m in agent.params if not equal(agent.opt_states[m], updated.opt_states[m])} == trained
 
-    tau = agent.config.tau
+    tau = agent.config.get('tau')  # None where there is no target.
     for module, target in agent.target_params.items():
         if module in row.targets[kind] | extra:
             online = updated.params[module]
@@ -242,7 +261,8 @@ def test_methods_mutate_nothing(name):
 def test_begin_finetuning_copies_every_online_network(name):
     agent, batch = state_case(name)
     begun = agent.begin_finetuning(batch, KEY)
-    assert agent.target_params and begun.target_params.keys() == agent.target_params.keys()
+    assert (name in WITHOUT_TARGETS) == (not agent.target_params)
+    assert begun.target_params.keys() == agent.target_params.keys()
     for module, target in begun.target_params.items():
         assert not equal(target, agent.target_params[module])
         assert equal(target, begun.params[module])
@@ -342,7 +362,7 @@ def test_act(name):
 # ----------------------------------------------------------------------------------------------------- configuration
 
 COMMON_DEFAULTS = dict(
-    lr=3e-4, actor_lr=None, batch_size=256, discount=0.99, tau=0.005, actor_freq=4, actor_layer_norm=False,
+    lr=3e-4, actor_lr=None, batch_size=256, discount=0.99, actor_freq=4, actor_layer_norm=False,
     const_std=True, value_layer_norm=True, actor_hidden_dims=(512,) * 4, value_hidden_dims=(512,) * 4,
 )  # fmt: skip
 REBRAC_DEFAULTS = dict(
@@ -360,12 +380,38 @@ DEFAULTS = {
         **REBRAC_DEFAULTS, num_model_rollouts=256, num_model_rollout_steps=2, transition_layer_norm=True,
         reward_layer_norm=True, encoder=None,
     ),
+    'crl_infonce': dict(
+        latent_dim=512,
+        alpha=0.1,
+        contrastive_loss='forward_infonce',
+        logsumexp_penalty_coeff=0.01,
+        normalize_q_loss=True,
+        goal_offset=1,
+        actor_goals='trajectory',
+        encoder=None,
+    ),
+    'td_infonce': dict(
+        latent_dim=512, alpha=0.1, logit_agg='mean', normalize_q_loss=True, actor_goals='trajectory', encoder=None
+    ),
+    'fb_iql': dict(
+        latent_dim=512,
+        alpha_repr=10.0,
+        alpha_awr=10.0,
+        repr_agg='mean',
+        orthonorm_coeff=1.0,
+        latent_mix_prob=0.5,
+        num_latent_inference_samples=10_000,
+        expectile=0.9,
+        encoder=None,
+    ),
+    'hilp_iql': dict(latent_dim=512, alpha=10.0, num_latent_inference_samples=10_000, expectile=0.9, encoder=None),
 }  # fmt: skip
 
 
 def test_published_defaults(name):
     config = agents.load(name).get_config()
-    expected = {**COMMON_DEFAULTS, **DEFAULTS[name]}
+    tau = {} if name in WITHOUT_TARGETS else dict(tau=0.005)
+    expected = {**COMMON_DEFAULTS, **tau, **DEFAULTS[name]}
     assert {key: config[key] for key in expected} == expected
     assert config.agent_name == name
 
@@ -393,6 +439,18 @@ def test_published_defaults(name):
         ('mbpo_rebrac', dict(num_model_rollout_steps=0)),
         ('mbpo_rebrac', dict(model_buffer_batches=0)),
         ('mbpo_rebrac', dict(batch_size=1)),
+        ('crl_infonce', dict(contrastive_loss='nce')),
+        ('crl_infonce', dict(actor_goals='future')),
+        ('crl_infonce', dict(goal_offset=-1)),
+        ('crl_infonce', dict(logsumexp_penalty_coeff=-0.1)),
+        ('td_infonce', dict(logit_agg='max')),
+        ('td_infonce', dict(goals='trajectory')),
+        ('td_infonce', dict(actor_goals='future')),
+        ('fb_iql', dict(repr_agg='max')),
+        ('fb_iql', dict(latent_mix_prob=1.5)),
+        ('fb_iql', dict(orthonorm_coeff=-1.0)),
+        ('fb_iql', dict(num_latent_inference_samples=0)),
+        ('hilp_iql', dict(num_latent_inference_samples=0)),
     ],
 )
 def test_impossible_configurations_are_user_errors(name, overrides):

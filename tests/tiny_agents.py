@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 
 import agents
@@ -36,6 +37,12 @@ def make_config(name, images=False, **overrides):
 def make_batch(images=False, labelled=True, **options):
     """A random batch with all that any agent needs; one of pre-training holds nothing of the reward."""
     batch = tiny.make_image_batch(**options) if images else tiny.make_batch(**options)
+    # Goals: other rows' next states, and for the first row's goal its own state.
+    others = batch['next_observations']
+    batch['goals'] = jnp.roll(others, 3, axis=0).at[0].set(batch['observations'][0])
+    batch['goal_masks'] = jnp.ones(len(others)).at[0].set(0.0)
+    batch['actor_goals'] = jnp.roll(others, 1, axis=0)
+    batch['actor_goal_masks'] = jnp.ones(len(others))
     if not labelled:
         batch = {name: value for name, value in batch.items() if not name.startswith('reward')}
     return batch

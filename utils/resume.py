@@ -17,6 +17,8 @@ PRETRAINED_SETTINGS = (
     'actor_hidden_dims',
     'reward_hidden_dims',
     'intention_encoder_hidden_dims',
+    'repr_hidden_dims',
+    'intention_encoder',
     'value_layer_norm',
     'actor_layer_norm',
     'reward_layer_norm',
@@ -25,6 +27,7 @@ PRETRAINED_SETTINGS = (
     'encoder_hidden_dims',
     'transition_hidden_dims',
     'transition_layer_norm',
+    'repr_layer_norm',
 )
 # Run settings that may change between two starts of one run: they decide what is shown, where, or how long, never what
 # is learned.
