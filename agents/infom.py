@@ -7,11 +7,11 @@ Fine-tuning scores sampled futures with a learned reward, distils them over rand
 (implicit generalised policy improvement) and improves the policy on Q with behavioural cloning as regulariser.
 
 This file holds the configuration, the losses and the updates; sampling batches, looping over steps and files live
-elsewhere.
+elsewhere. Intentions of other origins, for ablations, are in `agents/intentions.py`.
 Shapes: B batch, N flow samples per row, S state features (or image features), A action dimensions, Z latent dimensions.
 """
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import flax
 import jax
@@ -20,18 +20,21 @@ import ml_collections
 from flax import linen as nn
 from jax import lax
 
-from agents import common
+from agents import common, intentions
 from utils.encoders import make_encoder
 from utils.errors import UserError
 from utils.flows import clipping_bounds, euler_integrate, map_rows
 from utils.networks import GaussianActor, IntentionEncoder, ScalarHead, VectorField
 
+NUM_GPI_INTENTIONS = 8  # Intentions per row over which `policy_extraction=gpi` takes the maximum.
+
 
 class Networks(NamedTuple):
-    """Module definitions (no parameters); names are the keys of `InFOMAgent.params`. `encoder` is None for states."""
+    """Module definitions (no parameters); names are the keys of `InFOMAgent.params`. `encoder` is None for states,
+    `intention_encoder` in ablations without it."""
 
     vector_field: nn.Module
-    intention_encoder: nn.Module
+    intention_encoder: nn.Module | None
     critic: nn.Module
     reward: nn.Module
     actor: nn.Module
@@ -45,11 +48,14 @@ class InFOMAgent(flax.struct.PyTreeNode):
     target_params: dict[str, Any]
     opt_states: dict[str, Any]
     flow_bounds: tuple[jax.Array, jax.Array] | None  # (lower, upper), each (S,): where flow samples are clipped.
+    representation: Any  # The agent that gives the intentions in an ablation, else None.
     networks: Networks = flax.struct.field(pytree_node=False)
     config: ml_collections.FrozenConfigDict = flax.struct.field(pytree_node=False)
 
-    # What the training loop must put into a batch besides observations, actions, next observations (and rewards).
-    needs: ClassVar[frozenset[str]] = frozenset({'next_actions'})
+    @property
+    def needs(self) -> frozenset:
+        """What a batch must hold besides observations, actions, next observations (and rewards)."""
+        return frozenset({'next_actions'}) | intentions.needs(self.representation)
 
     # ------------------------------------------------------------------------------------------------------- features
 
@@ -83,6 +89,14 @@ class InFOMAgent(flax.struct.PyTreeNode):
         )
         return means + jnp.exp(log_stds) * jax.random.normal(key, means.shape), means, log_stds
 
+    def intentions_and_kl(self, params, batch, key):
+        """z (B, Z) of the transitions, and the KL term of its distribution."""
+        if self.config.intention_encoder != 'variational':
+            return intentions.infer(self.representation, batch), jnp.zeros(())
+        latents, means, log_stds = self.infer_intentions(params, batch, key)
+        # Mean over latent dimensions, so that the effective weight of the KL term is λ / Z.
+        return latents, -0.5 * jnp.mean(1 + 2 * log_stds - means**2 - jnp.exp(2 * log_stds))
+
     # --------------------------------------------------------------------------------------------------------- losses
 
     def occupancy_loss(self, params, batch, key):
@@ -92,9 +106,7 @@ class InFOMAgent(flax.struct.PyTreeNode):
         current state, ℓ_fut towards samples of the target field at (s', a'). z gets gradient from ℓ_cur and L_KL only.
         """
         latent_key, time_key, noise_key, next_noise_key = jax.random.split(key, 4)
-        latents, means, log_stds = self.infer_intentions(params, batch, latent_key)
-        # Mean over latent dimensions, so that the effective weight of the KL term is λ / Z.
-        kl_loss = -0.5 * jnp.mean(1 + 2 * log_stds - means**2 - jnp.exp(2 * log_stds))
+        latents, kl_loss = self.intentions_and_kl(params, batch, latent_key)
 
         # With images, the online encoder learns through x_t of the current term alone.
         observations = self.features(params, batch['observations'])
@@ -146,14 +158,21 @@ class InFOMAgent(flax.struct.PyTreeNode):
         return common.reward_regression(predictions, batch['rewards'])
 
     def q_targets(self, params, batch, key):
-        """y = 1/((1−γ)·N)·Σ_k R(x̂_k), N futures of the online field at (s, a, z), one z per row: (B,). Carries no
-        gradient."""
+        """y (B,) without gradient: the return under one intention per row; for `gpi` the maximum over several."""
         params = lax.stop_gradient(params)
+        if self.config.policy_extraction != 'gpi':
+            return self.intention_returns(params, batch, key)
+        keys = jax.random.split(key, NUM_GPI_INTENTIONS)
+        return lax.map(lambda key: self.intention_returns(params, batch, key), keys).max(axis=0)
+
+    def intention_returns(self, params, batch, key):
+        """1/((1−γ)·N)·Σ_k R(x̂_k), N futures of the field in `params` at (s, a, z), one z per row: (B,)."""
         latent_key, noise_key = jax.random.split(key)
         if self.config.critic_latent_type == 'prior':
-            latents = jax.random.normal(latent_key, (batch['actions'].shape[0], self.config.latent_dim))
+            shape = (batch['actions'].shape[0], intentions.latent_dim(self.config))
+            latents = intentions.prior(self.representation, latent_key, shape)
         else:
-            latents, _, _ = self.infer_intentions(params, batch, latent_key)
+            latents, _ = self.intentions_and_kl(params, batch, latent_key)
         states = self.features(params, batch['observations'])
         condition = self.condition(params, states, batch['actions'], latents)
         noise = jax.random.normal(noise_key, (states.shape[0], self.config.num_flow_goals, states.shape[1]))
@@ -170,7 +189,9 @@ class InFOMAgent(flax.struct.PyTreeNode):
         improvement."""
         targets = self.q_targets(params, batch, key)
         qs = self.networks.critic.apply({'params': params['critic']}, batch['observations'], batch['actions'])  # (2, B)
-        loss = common.expectile_loss(targets - qs, self.config.expectile).mean()
+        # The ablations' policy improvement is explicit or none: their Q is the mean.
+        expectile = self.config.expectile if self.config.policy_extraction == 'implicit_gpi' else 0.5
+        loss = common.expectile_loss(targets - qs, expectile).mean()
         return loss, {
             'critic_loss': loss,
             'q_mean': qs.mean(),
@@ -218,19 +239,20 @@ class InFOMAgent(flax.struct.PyTreeNode):
 
     def pretrain(self, batch, key):
         """One reward-free update of field, intention encoder and cloned actor; returns (agent, metrics)."""
-        modules = ['vector_field', 'intention_encoder', 'actor', *self.encoder_modules]
-        return self._step(modules, lambda params: self.pretraining_loss(params, batch, key))
+        modules = ['vector_field', 'actor', *self.encoder_modules]
+        return self._step(modules, lambda params: self.pretraining_loss(params, batch, key), batch, key)
 
     def finetune(self, batch, key, *, update_actor: bool):
         """One update on labelled data; `update_actor` is static, and without it the actor stays exactly where it is."""
-        modules = ['vector_field', 'intention_encoder', 'critic', 'reward', *self.encoder_modules]
+        modules = ['vector_field', 'critic', 'reward', *self.encoder_modules]
         modules += ['actor'] if update_actor else []
-        return self._step(modules, lambda params: self.finetuning_loss(params, batch, key, update_actor))
+        return self._step(modules, lambda params: self.finetuning_loss(params, batch, key, update_actor), batch, key)
 
     def begin_finetuning(self, labelled_batch, key):
         """The switch between the phases: every target is set to a copy of its online network."""
         del labelled_batch, key  # InFOM infers nothing from labelled data here.
-        return self.replace(target_params=common.copy_of({name: self.params[name] for name in self.target_params}))
+        agent = common.reset_targets(self)
+        return agent.replace(representation=common.reset_targets(self.representation))
 
     def act(self, observations, key, temperature=1.0):
         """Actions (B, A) in [−1, 1]: the mode plus `temperature` times the policy's noise; 0 gives the mode."""
@@ -239,12 +261,14 @@ class InFOMAgent(flax.struct.PyTreeNode):
 
     @property
     def encoder_modules(self):
-        return [] if self.networks.encoder is None else ['encoder']
+        """Those of image encoder and intention encoder that there are."""
+        return [name for name in ('encoder', 'intention_encoder') if name in self.params]
 
-    def _step(self, modules, loss_fn):
-        params, opt_states, metrics = common.adam_step(self, modules, loss_fn)
-        target_params = common.target_update(params, self.target_params, self.config.tau)
-        return self.replace(params=params, opt_states=opt_states, target_params=target_params), metrics
+    def _step(self, modules, loss_fn, batch, key):
+        agent, metrics = common.update_modules(self, modules, loss_fn)
+        # Apart from the rest: no gradient passes between the representation and the occupancy model.
+        representation, more = intentions.update(self.representation, batch, jax.random.fold_in(key, 1))
+        return agent.replace(representation=representation), metrics | more
 
     # ------------------------------------------------------------------------------------------------------- creation
 
@@ -270,20 +294,20 @@ class InFOMAgent(flax.struct.PyTreeNode):
         if encoder is not None:
             init('encoder', encoder, observations)
             features = encoder.apply({'params': params['encoder']}, observations)
-        latents = jnp.zeros((*actions.shape[:-1], config.latent_dim))
+        latents = jnp.zeros((*actions.shape[:-1], intentions.latent_dim(config)))
+        intention_encoder = None
+        if config.intention_encoder == 'variational':
+            sizes = (config.latent_dim, config.intention_encoder_hidden_dims, config.intention_encoder_layer_norm)
+            intention_encoder = IntentionEncoder(*sizes, encoder=make_encoder(config.encoder))
+            init('intention_encoder', intention_encoder, observations, actions)
         networks = Networks(
             vector_field=VectorField(
                 output_dim=features.shape[-1],
-                condition_dim=features.shape[-1] + actions.shape[-1] + config.latent_dim,
+                condition_dim=features.shape[-1] + actions.shape[-1] + latents.shape[-1],
                 hidden_dims=config.value_hidden_dims,
                 layer_norm=config.value_layer_norm,
             ),
-            intention_encoder=IntentionEncoder(
-                latent_dim=config.latent_dim,
-                hidden_dims=config.intention_encoder_hidden_dims,
-                layer_norm=config.intention_encoder_layer_norm,
-                encoder=make_encoder(config.encoder),
-            ),
+            intention_encoder=intention_encoder,
             critic=ScalarHead(
                 config.value_hidden_dims, config.value_layer_norm, num_ensembles=2, encoder=make_encoder(config.encoder)
             ),
@@ -297,17 +321,8 @@ class InFOMAgent(flax.struct.PyTreeNode):
             ),
             encoder=encoder,
         )
-        init(
-            'vector_field',
-            networks.vector_field,
-            features,
-            jnp.zeros(()),
-            features,
-            actions,
-            latents,
-            method='init_all',
-        )
-        init('intention_encoder', networks.intention_encoder, observations, actions)
+        flow_inputs = (features, jnp.zeros(()), features, actions, latents)
+        init('vector_field', networks.vector_field, *flow_inputs, method='init_all')
         init('critic', networks.critic, observations, actions)
         init('reward', networks.reward, features)
         init('actor', networks.actor, observations)
@@ -321,6 +336,7 @@ class InFOMAgent(flax.struct.PyTreeNode):
             target_params=common.copy_of({name: params[name] for name in with_target}),
             opt_states=common.init_adam(params, config),
             flow_bounds=flow_bounds,
+            representation=intentions.create(jax.random.fold_in(key, 1), example_batch, config),
             networks=networks,
             config=config,
         )
@@ -331,6 +347,7 @@ AGENT = InFOMAgent  # What `agents.load` hands to the training loop.
 
 def validate_config(config):
     """Raises UserError for values that no InFOM run can have."""
+    intentions.validate_config(config)
     for name, choices in {'q_agg': ('min', 'mean'), 'critic_latent_type': ('prior', 'encoding')}.items():
         if config[name] not in choices:
             raise UserError(f'agent.{name}={config[name]!r}: expected one of {", ".join(choices)}')
@@ -367,6 +384,8 @@ def get_config():
             kl_weight=0.01,  # λ; the KL term is a mean over Z.
             alpha=10.0,  # Weight of behavioural cloning in the actor loss; tuned per task.
             q_agg='min',  # Aggregation of the two critics in the actor loss: min or mean.
+            intention_encoder='variational',  # Origin of z; ablations: none, fb, hilp (agents/intentions.py).
+            policy_extraction='implicit_gpi',  # Expectile over z; ablations: gpi (max over z), one_step (neither).
             critic_latent_type='prior',  # Intentions of the critic's targets: prior N(0, I), or encoding q(z|s',a').
             num_flow_goals=16,  # N, futures per row in the critic's target.
             num_flow_steps=10,  # Euler steps.
