@@ -1,5 +1,4 @@
-"""The losses of CRL, TD InfoNCE, FB and HILP in float64 NumPy, written from the formulas and nothing else, and the
-comparison of an agent's values and gradients with them.
+"""The losses of CRL, TD InfoNCE, FB and HILP in float64 NumPy, written from the formulas and nothing else.
 
 A loss is a function of (params, frozen, …): `params` where gradient flows, `frozen` behind a stop-gradient, so that a
 directional derivative is a difference of two values. Networks come from `tests/infom_reference.py`.
@@ -8,10 +7,8 @@ directional derivative is a difference of two values. Networks come from `tests/
 import jax
 import numpy as np
 
-from tests import tiny
+from tests import loss_checks
 from tests.infom_reference import actor, float64, log_normal, mlp
-
-RTOL = 1e-4
 
 
 def heads(params, inputs, dims, norm=True):
@@ -180,35 +177,13 @@ def iql(params, frozen, target, config, batch, z, rewards, masks, alpha, with_ac
 # --------------------------------------------------------------------------------------------------------- comparing
 
 
-@jax.jit
-def _values_and_gradients(agent, batch, key):
-    losses = {
-        'pretraining': lambda params: agent.pretraining_loss(params, batch, key),
-        'finetuning': lambda params: agent.finetuning_loss(params, batch, key, False),
-        'finetuning_with_actor': lambda params: agent.finetuning_loss(params, batch, key, True),
-    }
-    return {name: jax.value_and_grad(loss, has_aux=True)(agent.params) for name, loss in losses.items()}
-
-
 def check_losses_and_gradients(agent, batch, key, losses):
-    """Values of the phases' losses, and their directional derivatives one module at a time, against `losses(params,
-    frozen)` → {phase: value} and its central differences. Returns the metrics of the phases."""
-    results = _values_and_gradients(agent, batch, key)
-    params, step = float64(agent.params), 1e-5
-    expected = losses(params, params)
-    assert expected.keys() == results.keys()
-    for name, value in expected.items():
-        np.testing.assert_allclose(results[name][0][0], value, rtol=RTOL, err_msg=name)
-    for module in params:
-        direction = tiny.perturb(jax.tree.map(np.zeros_like, params[module]), seed=3, scale=1.0)
+    """`loss_checks` for `losses(params, frozen)` → {phase: value}. Returns the metrics of the phases."""
+    frozen = float64(agent.params)
 
-        def shifted(size, module=module, direction=direction):
-            moved = jax.tree.map(lambda p, d: p + size * d, params[module], direction)
-            return losses({**params, module: moved}, params)
+    def phases(params):
+        return {phase: {'loss': value} for phase, value in losses(params, frozen).items()}
 
-        up, down = shifted(step), shifted(-step)
-        for name in expected:
-            derivative = (up[name] - down[name]) / (2 * step)
-            actual = tiny.dot(results[name][1][module], direction)
-            np.testing.assert_allclose(actual, derivative, rtol=2e-3, atol=2e-5, err_msg=f'{name}, {module}')
-    return {name: metrics for name, ((_, metrics), _) in results.items()}
+    loss_checks.assert_losses_match(agent, batch, key, phases)
+    loss_checks.assert_gradients_match(agent, batch, key, phases)
+    return {phase: metrics for phase, ((_, metrics), _) in loss_checks.evaluate(agent, batch, key).items()}
