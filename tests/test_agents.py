@@ -381,28 +381,15 @@ DEFAULTS = {
         reward_layer_norm=True, encoder=None,
     ),
     'crl_infonce': dict(
-        latent_dim=512,
-        alpha=0.1,
-        contrastive_loss='forward_infonce',
-        logsumexp_penalty_coeff=0.01,
-        normalize_q_loss=True,
-        goal_offset=1,
-        actor_goals='trajectory',
-        encoder=None,
+        latent_dim=512, alpha=0.1, contrastive_loss='forward_infonce', logsumexp_penalty_coeff=0.01,
+        normalize_q_loss=True, goal_offset=1, actor_goals='trajectory', encoder=None,
     ),
     'td_infonce': dict(
         latent_dim=512, alpha=0.1, logit_agg='mean', normalize_q_loss=True, actor_goals='trajectory', encoder=None
     ),
     'fb_iql': dict(
-        latent_dim=512,
-        alpha_repr=10.0,
-        alpha_awr=10.0,
-        repr_agg='mean',
-        orthonorm_coeff=1.0,
-        latent_mix_prob=0.5,
-        num_latent_inference_samples=10_000,
-        expectile=0.9,
-        encoder=None,
+        latent_dim=512, alpha_repr=10.0, alpha_awr=10.0, repr_agg='mean', orthonorm_coeff=1.0, latent_mix_prob=0.5,
+        num_latent_inference_samples=10_000, expectile=0.9, encoder=None,
     ),
     'hilp_iql': dict(latent_dim=512, alpha=10.0, num_latent_inference_samples=10_000, expectile=0.9, encoder=None),
 }  # fmt: skip
