@@ -186,4 +186,5 @@ def check_losses_and_gradients(agent, batch, key, losses):
 
     loss_checks.assert_losses_match(agent, batch, key, phases)
     loss_checks.assert_gradients_match(agent, batch, key, phases)
-    return {phase: metrics for phase, ((_, metrics), _) in loss_checks.evaluate(agent, batch, key).items()}
+    values, _ = loss_checks.evaluate(agent, batch, key)
+    return {phase: metrics for phase, (_, metrics) in values.items()}

@@ -5,6 +5,7 @@ Fixtures belong to the files that use them, shared problems and configurations t
 cache lives in pytest's own cache directory: `pytest --cache-clear` empties it, `-p no:cacheprovider` does without.
 """
 
+import gc
 import os
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
@@ -19,6 +20,7 @@ if 'PYTEST_XDIST_WORKER' in os.environ and hasattr(os, 'sched_setaffinity'):
         os.sched_setaffinity(0, {cores[number % len(cores)]})
 
 import jax
+import pytest
 
 jax.config.update('jax_default_matmul_precision', 'highest')
 
@@ -29,3 +31,11 @@ def pytest_configure(config):
         jax.config.update('jax_compilation_cache_dir', str(cache.mkdir('jax')))
         # The tests' programs are small: keep those, too, that compile in a moment.
         jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
+
+
+@pytest.fixture(autouse=True, scope='module')
+def release_programs():
+    """Each compiled program takes tens of memory maps, of which a process may have only so many."""
+    yield
+    jax.clear_caches()
+    gc.collect()

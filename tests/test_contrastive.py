@@ -94,7 +94,7 @@ def test_large_logits_stay_in_log_space():
     """Logits far beyond what exp can hold give a finite loss; those below the floor of CRL's weights count as it."""
     agent, batch = make_case('crl_infonce')
     critic = jax.tree.map(lambda x: x, agent.params['critic'])
-    last = critic['goal_head']['VmapMLP_0']['Dense_2']
+    last = critic['goal_head']['VmapMLP_0'][f'Dense_{len(agent.config.value_hidden_dims)}']
     last['kernel'], last['bias'] = 300 * last['kernel'], 300 * last['bias']
     agent = agent.replace(params={**agent.params, 'critic': critic})
     losses = jax.jit(
