@@ -11,7 +11,7 @@ demo: $(INSTALLED)
 	$(BIN)/python -m utils.demo
 
 test: $(INSTALLED)
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

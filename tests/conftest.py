@@ -33,6 +33,15 @@ def pytest_configure(config):
         jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
 
 
+def pytest_collection_modifyitems(items):
+    """A file's tests share what they compile, so one process runs them all; a file may ask to be parted by the value of
+    a parameter, `PARTED_BY`."""
+    for item in items:
+        part = getattr(item.module, 'PARTED_BY', None)
+        parameters = item.callspec.params if hasattr(item, 'callspec') else {}
+        item.add_marker(pytest.mark.xdist_group(f'{item.path.stem} {parameters.get(part, "")}'))
+
+
 @pytest.fixture(autouse=True, scope='module')
 def release_programs():
     """Each compiled program takes tens of memory maps, of which a process may have only so many."""

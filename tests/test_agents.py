@@ -18,6 +18,7 @@ from tests import tiny, tiny_agents
 from utils import checkpoints, datasets, training
 from utils.errors import UserError
 
+PARTED_BY = 'name'  # Agents share no programs: see conftest.py.
 KEY = jax.random.key(3)
 SEEDS = [3, 4]
 PHASES = ('pretraining', 'finetuning')
@@ -305,6 +306,28 @@ def sample(dataset, key, step, needs, size):
     return datasets.sample(dataset, batch_key, size, needs), update_key
 
 
+def without_null_directions(*agents):
+    """The agents with 0 for parameters whose gradient is 0 in exact arithmetic: of rounding errors Adam makes full
+    steps.
+
+    Such are the last biases of TD InfoNCE's goals: they add to each row of logits a constant, which softmax ignores.
+    """
+
+    def clear(name, params):
+        if name not in agents[0].opt_states:
+            return params
+        second_moments = agents[0].opt_states[name][0].nu
+        return jax.tree.map(lambda x, nu: x * (np.max(nu) > 1e-15), params, second_moments)
+
+    return [
+        agent.replace(
+            params={name: clear(name, params) for name, params in agent.params.items()},
+            target_params={name: clear(name, params) for name, params in agent.target_params.items()},
+        )
+        for agent in agents
+    ]
+
+
 @pytest.mark.parametrize('phase', PHASES)
 def test_a_seed_in_a_donated_chunk_is_the_seed_alone_step_by_step(name, phase):
     trained, metrics = chunk_result(name, phase)
@@ -315,7 +338,7 @@ def test_a_seed_in_a_donated_chunk_is_the_seed_alone_step_by_step(name, phase):
         kind = 'pretrain' if phase == 'pretraining' else ('finetune_actor' if step % 2 else 'finetune')
         agent, values = update(agent, batch, update_key, kind)
         seen.append(values)
-    assert_close(seed_of(trained, 1), agent, rtol=1e-3, atol=1e-4)
+    assert_close(*without_null_directions(seed_of(trained, 1), agent), rtol=1e-3, atol=1e-4)
     for metric, (mean, bad) in metrics.items():
         assert np.isfinite(mean).all() and (bad < 0).all()
         values = [line[metric] for line in seen if metric in line]

@@ -132,6 +132,6 @@ def test_mapping_rows_in_blocks_is_mapping_them_at_once(samples_per_row, monkeyp
         return map_rows(function, noise, condition, samples_per_row=samples_per_row)
 
     expected = jax.vmap(function)(noise, condition)
-    np.testing.assert_allclose(jax.jit(mapped)(noise, condition), expected, rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(mapped)(noise, condition), expected, rtol=1e-5, atol=1e-6)
     two_seeds = jax.jit(jax.vmap(mapped))(jnp.stack([noise, -noise]), jnp.stack([condition, condition]))
-    np.testing.assert_allclose(two_seeds, jnp.stack([expected, -expected]), rtol=1e-6)
+    np.testing.assert_allclose(two_seeds, jnp.stack([expected, -expected]), rtol=1e-5, atol=1e-6)
