@@ -141,6 +141,10 @@ def learnt_logits(name, **overrides):
     return np.stack(logits, axis=2)
 
 
+# Of the mean error: 0.08 is what 10,000 transitions and the penalty leave, whatever the number of updates.
+TOLERANCE = 0.11
+
+
 def centred(x):
     """Up to a constant for each state and action."""
     return x - x.mean(axis=-1, keepdims=True)
@@ -151,7 +155,7 @@ def check_log_ratios(logits):
     expected = centred(np.log(rings.occupancy(NUM_STATES, FORWARD, DISCOUNT)))
     for member in logits:
         errors = np.abs(centred(member) - expected)
-        assert errors.mean() < 0.08 and errors.max() < 0.3, f'{errors.mean():.3f}, {errors.max():.3f}'
+        assert errors.mean() < TOLERANCE and errors.max() < 0.35, f'{errors.mean():.3f}, {errors.max():.3f}'
 
 
 def test_the_problem_tells_ratios_from_what_a_wrong_loss_learns():
@@ -159,9 +163,9 @@ def test_the_problem_tells_ratios_from_what_a_wrong_loss_learns():
     expected = centred(np.log(rings.occupancy(NUM_STATES, FORWARD, DISCOUNT)))
     for forward, discount in ((FORWARD, 0.7), (FORWARD, 0.9), (0.5, DISCOUNT)):
         other = centred(np.log(rings.occupancy(NUM_STATES, forward, discount)))
-        assert np.abs(other - expected).mean() > 0.08
+        assert np.abs(other - expected).mean() > 1.3 * TOLERANCE
     from_0 = (1 - DISCOUNT) * np.eye(NUM_STATES)[:, None] + DISCOUNT * rings.occupancy(NUM_STATES, FORWARD, DISCOUNT)
-    assert np.abs(centred(np.log(from_0)) - expected).mean() > 0.08
+    assert np.abs(centred(np.log(from_0)) - expected).mean() > 1.3 * TOLERANCE
 
 
 def test_crl_learns_the_log_density_ratio():

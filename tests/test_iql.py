@@ -4,6 +4,7 @@ learns in `test_baseline_learning.py`."""
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -86,11 +87,11 @@ def test_gradients(name):
 
 def test_weights_of_awr_are_bounded_without_overflow():
     """exp(α·A) of an enormous advantage is 100, in the loss as in its gradient."""
-    qs, actions = np.array([[1e6, 0.0], [2e6, 1.0]], np.float32), np.zeros((2, tiny.ACTION_DIM), np.float32)
+    qs, actions = jnp.array([[1e6, 0.0], [2e6, 1.0]]), jnp.zeros((2, tiny.ACTION_DIM))
 
     def loss(means):
-        return common.advantage_weighted_regression(qs, np.zeros(2), means, np.ones_like(means), actions, alpha=1.0)
+        return common.advantage_weighted_regression(qs, jnp.zeros(2), means, jnp.ones_like(means), actions, alpha=1.0)
 
-    (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(np.ones_like(actions))
+    (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(jnp.ones_like(actions))
     np.testing.assert_allclose(metrics['awr_weight'], (100 + 1) / 2, rtol=1e-5)
     np.testing.assert_allclose(gradient, [[50.0] * tiny.ACTION_DIM, [0.5] * tiny.ACTION_DIM], rtol=1e-5)
