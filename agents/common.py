@@ -48,7 +48,11 @@ def iql_critic_loss(qs, next_values, rewards, masks, discount: float):
     """
     targets = rewards + discount * masks * lax.stop_gradient(next_values)
     loss = ((qs - targets) ** 2).sum(axis=0).mean()
-    return loss, {'critic_loss': loss, 'q_mean': qs.mean(), 'q_max': qs.max(), 'q_min': qs.min()}
+    return loss, {'critic_loss': loss, **q_metrics(qs)}
+
+
+def q_metrics(qs):
+    return {'q_mean': qs.mean(), 'q_max': qs.max(), 'q_min': qs.min()}
 
 
 def advantage_weighted_regression(qs, values, means, stds, actions, alpha: float):
@@ -71,6 +75,12 @@ def q_maximization(q, normalize: bool):
     """
     loss = -q.mean()
     return loss / lax.stop_gradient(jnp.abs(q).mean()) if normalize else loss
+
+
+def pessimistic_q(agent, observations, actions, *latents):
+    """min_k Q_k(s, a, …) of the agent's critics: (B,)."""
+    qs = agent.networks.critic.apply({'params': agent.params['critic']}, observations, actions, *latents)
+    return qs.min(axis=0)
 
 
 def copy_of(params):

@@ -144,6 +144,11 @@ class HILPIQLAgent(flax.struct.PyTreeNode):
         direction = jnp.linalg.lstsq(displacements, labelled_batch['rewards'], rcond=cutoff)[0]
         return common.reset_targets(self).replace(task_latent=common.task_latent(direction, key))
 
+    def q_values(self, observations, actions):
+        """min_k Q_k(s, a, z) at the task's z: (B,)."""
+        latents = jnp.broadcast_to(self.task_latent, (observations.shape[0], self.config.latent_dim))
+        return common.pessimistic_q(self, observations, actions, latents)
+
     def act(self, observations, key, temperature=1.0):
         """Actions (B, A) in [−1, 1] at the task's z: the mode plus `temperature` times the policy's noise; 0 gives the
         mode."""

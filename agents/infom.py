@@ -6,8 +6,7 @@ whose flow samples the discounted future states of (s, a) under intention z, wit
 Fine-tuning scores sampled futures with a learned reward, distils them over random z into Q with an expectile loss
 (implicit generalised policy improvement) and improves the policy on Q with behavioural cloning as regulariser.
 
-This file holds the configuration, the losses and the updates; sampling batches, looping over steps and files live
-elsewhere. Intentions of other origins, for ablations, are in `agents/intentions.py`.
+Intentions of other origins, for ablations, are in `agents/intentions.py`.
 Shapes: B batch, N flow samples per row, S state features (or image features), A action dimensions, Z latent dimensions.
 """
 
@@ -97,6 +96,15 @@ class InFOMAgent(flax.struct.PyTreeNode):
         # Mean over latent dimensions, so that the effective weight of the KL term is λ / Z.
         return latents, -0.5 * jnp.mean(1 + 2 * log_stds - means**2 - jnp.exp(2 * log_stds))
 
+    def predicted_rewards(self, params, features):
+        """R(s̃): (…, S) → (…,)."""
+        return self.networks.reward.apply({'params': params['reward']}, features)
+
+    def q_values(self, observations, actions):
+        """Q(s, a), aggregated over the two critics as the actor sees it: (B,)."""
+        qs = self.networks.critic.apply({'params': self.params['critic']}, observations, actions)
+        return qs.min(axis=0) if self.config.q_agg == 'min' else qs.mean(axis=0)
+
     # --------------------------------------------------------------------------------------------------------- losses
 
     def occupancy_loss(self, params, batch, key):
@@ -154,8 +162,7 @@ class InFOMAgent(flax.struct.PyTreeNode):
     def reward_loss(self, params, batch):
         """L_R = E(R(s̃) − r)², s̃ the state that the reward belongs to; features carry no gradient to the encoder."""
         features = lax.stop_gradient(self.features(params, batch['reward_observations']))
-        predictions = self.networks.reward.apply({'params': params['reward']}, features)
-        return common.reward_regression(predictions, batch['rewards'])
+        return common.reward_regression(self.predicted_rewards(params, features), batch['rewards'])
 
     def q_targets(self, params, batch, key):
         """y (B,) without gradient: the return under one intention per row; for `gpi` the maximum over several."""
@@ -178,8 +185,7 @@ class InFOMAgent(flax.struct.PyTreeNode):
         noise = jax.random.normal(noise_key, (states.shape[0], self.config.num_flow_goals, states.shape[1]))
 
         def rewards_of_row(noise, condition):  # (N, S), (H,) → (N,)
-            futures = self.sample_futures(params, noise, condition)
-            return self.networks.reward.apply({'params': params['reward']}, futures)
+            return self.predicted_rewards(params, self.sample_futures(params, noise, condition))
 
         rewards = map_rows(rewards_of_row, noise, condition, samples_per_row=noise.shape[1])  # (B, N)
         return rewards.mean(axis=1) / (1 - self.config.discount)
@@ -192,13 +198,7 @@ class InFOMAgent(flax.struct.PyTreeNode):
         # The ablations' policy improvement is explicit or none: their Q is the mean.
         expectile = self.config.expectile if self.config.policy_extraction == 'implicit_gpi' else 0.5
         loss = common.expectile_loss(targets - qs, expectile).mean()
-        return loss, {
-            'critic_loss': loss,
-            'q_mean': qs.mean(),
-            'q_max': qs.max(),
-            'q_min': qs.min(),
-            'q_target_mean': targets.mean(),
-        }
+        return loss, {'critic_loss': loss, **common.q_metrics(qs), 'q_target_mean': targets.mean()}
 
     def cloning_loss(self, params, batch):
         """L_BC = −E log π(a|s)."""
@@ -208,9 +208,8 @@ class InFOMAgent(flax.struct.PyTreeNode):
     def actor_loss(self, params, batch):
         """L_π = −E agg_e Q_e(s, clip₁(mode)) − α·E log π(a|s); `normalize_q_loss` divides the first term by sg E|q|."""
         means, stds = self.networks.actor.apply({'params': params['actor']}, batch['observations'])
-        critic_params = lax.stop_gradient(params['critic'])
-        qs = self.networks.critic.apply({'params': critic_params}, batch['observations'], jnp.clip(means, -1, 1))
-        q = qs.min(axis=0) if self.config.q_agg == 'min' else qs.mean(axis=0)
+        frozen = self.replace(params=lax.stop_gradient(params))
+        q = frozen.q_values(batch['observations'], jnp.clip(means, -1, 1))
         bc_loss, metrics = common.behavioral_cloning(means, stds, batch['actions'])
         loss = common.q_maximization(q, self.config.normalize_q_loss) + self.config.alpha * bc_loss
         return loss, {'actor_loss': loss, 'actor_q': q.mean(), **metrics}

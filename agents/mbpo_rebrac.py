@@ -172,6 +172,10 @@ class MBPOReBRACAgent(flax.struct.PyTreeNode):
         del labelled_batch, key  # MBPO infers nothing from labelled data here.
         return self.replace(target_params=common.copy_of({name: self.params[name] for name in self.target_params}))
 
+    def q_values(self, observations, actions):
+        """min_k Q_k(s, a): (B,)."""
+        return common.pessimistic_q(self, observations, actions)
+
     def act(self, observations, key, temperature=1.0):
         """Actions (B, A) in [−1, 1]: sampled with `temperature` times the policy's noise; 0 gives the mode."""
         return rebrac.sample_actions(self, self.params, observations, key, temperature)

@@ -66,9 +66,7 @@ def critic_loss(agent, params, batch, key):
     return loss, {
         'critic_loss': loss,
         'critic_penalty': penalty.mean(),
-        'q_mean': qs.mean(),
-        'q_max': qs.max(),
-        'q_min': qs.min(),
+        **common.q_metrics(qs),
         'q_target_mean': targets.mean(),
     }
 
@@ -141,6 +139,10 @@ class ReBRACAgent(flax.struct.PyTreeNode):
         """The switch between the phases: target critic and target actor are set to copies of their online networks."""
         del labelled_batch, key  # ReBRAC infers nothing from labelled data here.
         return self.replace(target_params=common.copy_of({name: self.params[name] for name in self.target_params}))
+
+    def q_values(self, observations, actions):
+        """min_k Q_k(s, a): (B,)."""
+        return common.pessimistic_q(self, observations, actions)
 
     def act(self, observations, key, temperature=1.0):
         """Actions (B, A) in [−1, 1]: sampled with `temperature` times the policy's noise; 0 gives the mode."""

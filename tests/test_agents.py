@@ -15,7 +15,7 @@ import pytest
 
 import agents
 from tests import tiny, tiny_agents
-from utils import checkpoints, datasets, training
+from utils import checkpoints, datasets, diagnostics, training
 from utils.errors import UserError
 
 PARTED_BY = 'name'  # Agents share no programs: see conftest.py.
@@ -366,7 +366,9 @@ def test_validation_leaves_the_agents_alone(name):
     keys = training.stream_keys(SEEDS, 'validation')
     for phase in PHASES:
         metrics = jax.eval_shape(
-            lambda: training.validation_metrics(agents, dataset(phase), keys, jnp.int32(0), phase=phase)
+            lambda: training.validation_metrics(
+                agents, dataset(phase), diagnostics.observed_ranges(dataset(phase)), keys, jnp.int32(0), phase=phase
+            )
         )
         assert all(value.shape == (len(SEEDS),) for value in metrics.values())
 

@@ -11,7 +11,7 @@ import pytest
 
 from agents.infom import InFOMAgent
 from tests import tiny
-from utils import batches, datasets, training
+from utils import batches, datasets, diagnostics, training
 
 SEEDS = [3, 4]
 SMALL = {'num_flow_steps': 3, 'num_flow_goals': 2, 'actor_freq': 2}
@@ -168,8 +168,10 @@ def test_validation_updates_nothing(data):
     agents = create(data)
     before = jax.tree.map(np.array, agents)
     keys = training.stream_keys(SEEDS, 'validation')
-    metrics = training.validation_metrics(agents, data['finetuning'], keys, jnp.int32(3), phase='finetuning')
-    assert metrics['critic_loss'].shape == (2,) and np.isfinite(metrics['critic_loss']).all()
+    ranges = diagnostics.observed_ranges(data['finetuning'])
+    metrics = training.validation_metrics(agents, data['finetuning'], ranges, keys, jnp.int32(3), phase='finetuning')
+    for name in ('validation/critic_loss', 'diagnostics/flow_excess', 'diagnostics/gradient_norm/critic'):
+        assert metrics[name].shape == (2,) and np.isfinite(metrics[name]).all()
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.array, agents), before)
 
 

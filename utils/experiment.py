@@ -22,7 +22,7 @@ from absl import logging
 from tqdm import tqdm
 
 import agents as agent_registry
-from utils import batches, checkpoints, datasets, resume, runs, training
+from utils import batches, checkpoints, datasets, diagnostics, resume, runs, training
 from utils.errors import TrainingDiverged, UserError
 from utils.normalizers import Normalizer
 from utils.wandb_sink import WandbSink
@@ -212,7 +212,8 @@ class Experiment:
         chunk, seconds = training.compile_chunk(self.agents, source.chunk(self.phase_step), keys, phase=phase, n=n)
         logging.info('%s: compiled a chunk of %d updates in %.1f s', phase, n, seconds)
         validation, validation_keys = jax.device_put(self._data[2]), training.stream_keys(self.seeds, 'validation')
-        validate = training.compile_validation(self.agents, validation, validation_keys, phase=phase)
+        ranges = diagnostics.observed_ranges(self._data[1])
+        validate = training.compile_validation(self.agents, validation, ranges, validation_keys, phase=phase)
         bar = tqdm(total=total, initial=self.phase_step, desc=phase, unit='update', dynamic_ncols=True, smoothing=0.1)
         in_flight = None  # (end step, device metrics, validation metrics or None) of the chunk that is running.
         self._interval_began, self._paused = time.perf_counter(), 0.0
@@ -228,7 +229,7 @@ class Experiment:
                 ends = self.phase_step >= total
                 validated = None
                 if logs or ends:  # Before the next chunk: it is given the agents' buffers.
-                    validated = validate(self.agents, validation, validation_keys, jnp.int32(self.phase_step))
+                    validated = validate(self.agents, validation, ranges, validation_keys, jnp.int32(self.phase_step))
                 in_flight = (self.phase_step, metrics, validated)
                 if evaluates or saves or ends or self._stop_signal:
                     self._collect(*in_flight, bar)
@@ -273,7 +274,7 @@ class Experiment:
                 f'training/{name}': float(np.mean([chunk[name][i] for chunk in self._partial]))
                 for name in self._partial[0]
             }
-            | {f'validation/{name}': float(values[i]) for name, values in validated.items()}
+            | {name: float(values[i]) for name, values in validated.items()}
             | speed
             for i in range(len(self.seeds))
         ]

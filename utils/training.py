@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from utils import datasets
+from utils import datasets, diagnostics
 
 # Streams of randomness; a seed's key of phase p at step t is fold_in(fold_in(key(seed), p), t), so a resumed run needs
 # only the step.
@@ -168,20 +168,30 @@ def compile_chunk(agents, source, keys, *, phase: str, n: int):
 
 
 @functools.partial(jax.jit, static_argnames='phase')
-def validation_metrics(agents, dataset, keys, step, *, phase: str):
-    """Metrics of the phase's loss on one validation batch for each seed: {metric: (S,)}; nothing is updated."""
+def validation_metrics(agents, dataset, ranges, keys, step, *, phase: str):
+    """For each seed, on one batch of the validation set: the metrics of the phase's loss, as `validation/…`, and the
+    signs of divergence of `utils/diagnostics.py`, as `diagnostics/…`: {metric: (S,)}. Nothing is updated.
+
+    ranges: what the training set spans (`diagnostics.observed_ranges`).
+    """
 
     def one_seed(agent, key):
         batch_key, loss_key = step_keys(key, step)
         loss = agent.pretraining_loss if phase == 'pretraining' else agent.finetuning_loss
-        return loss(agent.params, draw(dataset, batch_key, batch_spec(agent)), loss_key)[1]
+        batch = draw(dataset, batch_key, batch_spec(agent))
+        grads, metrics = jax.grad(loss, has_aux=True)(agent.params, batch, loss_key)
+        signs = diagnostics.diagnose(agent, batch, jax.random.fold_in(loss_key, 1), ranges)
+        signs |= diagnostics.gradient_norms(grads)
+        return {f'validation/{name}': value for name, value in metrics.items()} | {
+            f'diagnostics/{name}': value for name, value in signs.items()
+        }
 
-    return jax.vmap(one_seed)(agents, keys)
+    return over_seeds(one_seed, agents, keys)
 
 
-def compile_validation(agents, dataset, keys, *, phase: str):
-    """Compiles `validation_metrics` ahead of time; returns a function of (agents, dataset, keys, step)."""
-    return validation_metrics.lower(agents, dataset, keys, jnp.int32(0), phase=phase).compile()
+def compile_validation(agents, dataset, ranges, keys, *, phase: str):
+    """Compiles `validation_metrics` ahead of time; returns a function of (agents, dataset, ranges, keys, step)."""
+    return validation_metrics.lower(agents, dataset, ranges, keys, jnp.int32(0), phase=phase).compile()
 
 
 @functools.partial(jax.jit, static_argnames='spec')
