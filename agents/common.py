@@ -113,7 +113,10 @@ def adam_step(agent, modules, loss_fn):
     are.
 
     `loss_fn(params) -> (loss, metrics)` takes the full dict of parameters. Returns (params, opt_states, metrics).
+    With `joint_adam` all modules take the step: those without a gradient move on by their Adam state's momentum, as
+    under the one optimiser over all parameters of the published code.
     """
+    modules = list(agent.params) if agent.config.joint_adam else modules
     trained = {name: agent.params[name] for name in modules}
     grads, metrics = jax.grad(lambda trained: loss_fn({**agent.params, **trained}), has_aux=True)(trained)
     params, opt_states = dict(agent.params), dict(agent.opt_states)

@@ -257,6 +257,7 @@ def get_config():
             agent_name='hilp_iql',
             lr=3e-4,  # Adam learning rate.
             actor_lr=ml_collections.config_dict.placeholder(float),  # The actor's own learning rate; None: lr.
+            joint_adam=False,  # One Adam over all modules, trained or not, as published.
             batch_size=256,
             actor_hidden_dims=(512, 512, 512, 512),
             value_hidden_dims=(512, 512, 512, 512),  # Representation, V and Q.

@@ -90,7 +90,7 @@ class InFOMAgent(flax.struct.PyTreeNode):
 
     def intentions_and_kl(self, params, batch, key):
         """z (B, Z) of the transitions, and the KL term of its distribution."""
-        if self.config.intention_encoder != 'variational':
+        if intentions.origin(self.config) != 'variational':
             return intentions.infer(self.representation, batch), jnp.zeros(())
         latents, means, log_stds = self.infer_intentions(params, batch, key)
         # Mean over latent dimensions, so that the effective weight of the KL term is λ / Z.
@@ -295,7 +295,7 @@ class InFOMAgent(flax.struct.PyTreeNode):
             features = encoder.apply({'params': params['encoder']}, observations)
         latents = jnp.zeros((*actions.shape[:-1], intentions.latent_dim(config)))
         intention_encoder = None
-        if config.intention_encoder == 'variational':
+        if intentions.origin(config) == 'variational':
             sizes = (config.latent_dim, config.intention_encoder_hidden_dims, config.intention_encoder_layer_norm)
             intention_encoder = IntentionEncoder(*sizes, encoder=make_encoder(config.encoder))
             init('intention_encoder', intention_encoder, observations, actions)
@@ -367,6 +367,7 @@ def get_config():
             agent_name='infom',
             lr=3e-4,  # Adam learning rate.
             actor_lr=ml_collections.config_dict.placeholder(float),  # The actor's own learning rate; None: lr.
+            joint_adam=False,  # One Adam over all modules, trained or not, as published.
             batch_size=256,
             intention_encoder_hidden_dims=(512, 512, 512, 512),
             actor_hidden_dims=(512, 512, 512, 512),
@@ -384,7 +385,7 @@ def get_config():
             alpha=10.0,  # Weight of behavioural cloning in the actor loss; tuned per task.
             q_agg='min',  # Aggregation of the two critics in the actor loss: min or mean.
             intention_encoder='variational',  # Origin of z; ablations: none, fb, hilp (agents/intentions.py).
-            policy_extraction='implicit_gpi',  # Expectile over z; ablations: gpi (max over z), one_step (neither).
+            policy_extraction='implicit_gpi',  # Expectile over z; ablations: gpi (max over z), one_step (no z).
             critic_latent_type='prior',  # Intentions of the critic's targets: prior N(0, I), or encoding q(z|s',a').
             num_flow_goals=16,  # N, futures per row in the critic's target.
             num_flow_steps=10,  # Euler steps.

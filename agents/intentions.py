@@ -30,16 +30,21 @@ def validate_config(config):
     ):
         if value not in choices:
             raise UserError(f'agent.{name}={value!r}: expected one of {", ".join(choices)}')
-    if (encoder == 'none' and extraction == 'gpi') or (encoder != 'none' and extraction == 'one_step'):
+    if (encoder == 'none' and extraction == 'gpi') or (encoder in _AGENTS and extraction == 'one_step'):
         raise UserError(
-            f'agent.policy_extraction={extraction} with agent.intention_encoder={encoder}: one_step goes with none, '
-            'gpi with any other'
+            f'agent.policy_extraction={extraction} with agent.intention_encoder={encoder}: one_step is without '
+            'intentions, gpi the maximum over several'
         )
+
+
+def origin(config) -> str:
+    """Where z comes from: `config.intention_encoder`, but `none` for the one-step extraction, which has no z."""
+    return 'none' if config.policy_extraction == 'one_step' else config.intention_encoder
 
 
 def latent_dim(config) -> int:
     """Z; 0 without intentions."""
-    return 0 if config.intention_encoder == 'none' else config.latent_dim
+    return 0 if origin(config) == 'none' else config.latent_dim
 
 
 def create(key, example_batch, config):

@@ -17,7 +17,7 @@ from utils.errors import UserError
 KEY = jax.random.key(7)
 VARIANTS = {
     'none': dict(intention_encoder='none'),
-    'one_step': dict(intention_encoder='none', policy_extraction='one_step'),
+    'one_step': dict(policy_extraction='one_step'),
     'fb': dict(intention_encoder='fb'),
     'hilp': dict(intention_encoder='hilp'),
     'gpi': dict(policy_extraction='gpi'),
@@ -44,7 +44,7 @@ def numpy_of(agent, batch):
 
 def expected_latents(agent, batch):
     """z of a batch in NumPy, (B, Z) of norm √Z; (B, 0) without intentions."""
-    if agent.config.intention_encoder == 'none':
+    if agent.networks.intention_encoder is None and agent.representation is None:
         return np.zeros((BATCH_SIZE, 0))
     config, params = agent.representation.config, reference.float64(agent.representation.params)
     if agent.config.intention_encoder == 'fb':
@@ -67,7 +67,7 @@ def updates(agent, batch):
 
 
 def critic_latents(agent, key, batch):
-    if agent.config.intention_encoder == 'none':
+    if agent.networks.intention_encoder is None and agent.representation is None:
         return np.zeros((BATCH_SIZE, 0))
     normal = np.float64(jax.random.normal(key, (BATCH_SIZE, agent.config.latent_dim)))
     return normal if agent.representation is None else baseline_reference.to_sphere(normal)
@@ -157,7 +157,7 @@ def test_the_representation_learns_beside_in_both_phases(name, agent_class, trai
         dict(intention_encoder='cvae'),
         dict(policy_extraction='max'),
         dict(intention_encoder='none', policy_extraction='gpi'),
-        dict(policy_extraction='one_step'),
+        dict(intention_encoder='fb', policy_extraction='one_step'),
     ],
 )
 def test_impossible_ablations_are_user_errors(overrides):

@@ -179,7 +179,7 @@ def test_a_task_outside_the_table_gets_the_protocol():
 
 
 def test_unknown_preset():
-    with pytest.raises(UserError, match=r"unknown preset 'tiny': expected one of paper, small, smoke"):
+    with pytest.raises(UserError, match=r"unknown preset 'tiny': expected one of paper, published, small, smoke"):
         presets.resolve('infom', SCENE, 'tiny')
 
 

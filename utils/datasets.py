@@ -23,7 +23,8 @@ class Dataset(flax.struct.PyTreeNode):
     observations (rows, D) float32, normalised, or (rows, H, W, C) uint8; actions (rows, A) float32; starts, ends
     (rows,) int32: first and last row of the row's episode; transition_rows (T,) int32: rows that have a next state;
     next_action_rows: those whose next row has an action too. rewards and masks (rows,) float32 exist in labelled sets
-    only. reward_at says which state a row's reward belongs to.
+    only. reward_at says which state a row's reward belongs to. next_actions_across_episodes: the last transition of an
+    episode takes its next action from the first row of the following one, and is not left out for want of one.
     """
 
     observations: jax.Array
@@ -37,9 +38,19 @@ class Dataset(flax.struct.PyTreeNode):
     reward_at: str = flax.struct.field(pytree_node=False)
     frame_stack: int = flax.struct.field(pytree_node=False)
     p_aug: float = flax.struct.field(pytree_node=False)
+    next_actions_across_episodes: bool = flax.struct.field(pytree_node=False)
 
     @classmethod
-    def create(cls, raw, normalizer, *, reward_at='observations', frame_stack=1, p_aug=0.0) -> 'Dataset':
+    def create(
+        cls,
+        raw,
+        normalizer,
+        *,
+        reward_at='observations',
+        frame_stack=1,
+        p_aug=0.0,
+        next_actions_across_episodes=False,
+    ) -> 'Dataset':
         """From the row arrays of `envs.data.load_raw` (numpy); arrays stay on the host until `jax.device_put`.
 
         Raises UserError where no episode is long enough for a next action, or rewards and masks do not come together.
@@ -70,6 +81,7 @@ class Dataset(flax.struct.PyTreeNode):
             reward_at=reward_at,
             frame_stack=frame_stack,
             p_aug=p_aug,
+            next_actions_across_episodes=next_actions_across_episodes,
         )
 
     @property
@@ -93,7 +105,8 @@ def gather_observations(dataset: Dataset, rows):
 
 def sample_rows(dataset: Dataset, key, batch_size: int, needs=frozenset()):
     """Rows (B,) uniform over transitions; over those with a next action where `needs` has `next_actions`."""
-    pool = dataset.next_action_rows if 'next_actions' in needs else dataset.transition_rows
+    within_episodes = 'next_actions' in needs and not dataset.next_actions_across_episodes
+    pool = dataset.next_action_rows if within_episodes else dataset.transition_rows
     return pool[jax.random.randint(key, (batch_size,), 0, len(pool))]
 
 
@@ -110,7 +123,10 @@ def gather_batch(dataset: Dataset, rows, needs=frozenset()):
         'next_observations': gather_observations(dataset, rows + 1),
     }
     if 'next_actions' in needs:
-        batch['next_actions'] = dataset.actions[rows + 1]
+        next_rows = rows + 1
+        if dataset.next_actions_across_episodes:  # A final state has no action: on to the next row that has one.
+            next_rows = jnp.where(next_rows == dataset.ends[rows], next_rows + 1, next_rows) % len(dataset.actions)
+        batch['next_actions'] = dataset.actions[next_rows]
     if dataset.rewards is None:
         batch['masks'] = jnp.ones(rows.shape, jnp.float32)
     else:

@@ -163,10 +163,19 @@ class Experiment:
                 else self._load_raw('pretraining', 'train', config.pretraining_size)
             )
             self.normalizer = Normalizer.fit(fit_on['observations'], config.obs_norm_type)
-        options = {'reward_at': self.task.reward_at, 'frame_stack': config.frame_stack}
+        validation_normalizer = self.normalizer
+        if config.obs_norm_per_split:
+            self.normalizer, validation_normalizer = (
+                Normalizer.fit(raw[split]['observations'], config.obs_norm_type) for split in ('train', 'val')
+            )
+        options = {
+            'reward_at': self.task.reward_at,
+            'frame_stack': config.frame_stack,
+            'next_actions_across_episodes': config.next_actions_across_episodes,
+        }
         sets = [
             datasets.Dataset.create(raw['train'], self.normalizer, p_aug=config.p_aug, **options),
-            datasets.Dataset.create(raw['val'], self.normalizer, **options),
+            datasets.Dataset.create(raw['val'], validation_normalizer, **options),
         ]
         logging.info('%s data: %d transitions, validation %d', phase, *(dataset.num_transitions for dataset in sets))
         return (phase, *sets)

@@ -59,6 +59,8 @@ STATE_PROTOCOL = {
     'eval_episodes': 50,
     'save_interval': 50_000,  # ours: the published code saves only at the end
     'obs_norm_type': 'normal',
+    'obs_norm_per_split': False,
+    'next_actions_across_episodes': False,
     'p_aug': 0.0,
     'frame_stack': 1,
 }
@@ -81,15 +83,26 @@ HIDDEN_DIMS = 'hidden_dims'  # in a preset: every setting of the agent that ends
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """Values that replace the published ones; agent settings that an agent does not have are passed over."""
+    """Values that replace the published ones; agent settings that an agent does not have are passed over.
+
+    `defaults`: settings by the agent's name which, other than the rest, give way to the published table.
+    """
 
     flags: Mapping[str, Any]
     agent: Mapping[str, Any]
     image_agent: Mapping[str, Any]
+    defaults: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
 
 PRESETS = {
     'paper': Preset({}, {}, {}),
+    # The paper's sizes with what the published code does otherwise (docs/deviations.md), as far as it can be chosen.
+    'published': Preset(
+        flags={'obs_norm_per_split': True, 'next_actions_across_episodes': True},
+        agent={'joint_adam': True},
+        image_agent={},
+        defaults={'infom': {'value_layer_norm': False}},
+    ),
     # Minutes on a laptop's CPU: small networks and data, and few updates at a higher rate, which the targets' average
     # has to follow (the product of updates and tau is what tells how often the flow bootstraps on itself).
     'small': Preset(
@@ -225,6 +238,7 @@ def resolve(
     layers = [
         (protocol, IMAGE_PROTOCOL if visual else STATE_PROTOCOL, _expand(IMAGE_AGENT, agent_keys) if visual else {}),
         ('rule of the task', {}, _expand(SINGLE_TASK_AGENT, agent_keys) if '-singletask-' in env_name else {}),
+        (f'preset {preset}', {}, dict(scaled.defaults.get(agent_name, {}))),
         (
             table,
             {key: value for key, value in row.items() if key in RUN_COLUMNS},

@@ -62,6 +62,12 @@ class RunConfig:
     obs_norm_type: str = _flag(
         None, 'Normalisation of state observations.', choices=('none', 'normal', 'bounded'), preset=True
     )
+    obs_norm_per_split: bool = _flag(
+        None, 'A normaliser for every file, as published, instead of one for all.', preset=True
+    )
+    next_actions_across_episodes: bool = _flag(
+        None, 'Take the next row’s action even where another episode begins, as published.', preset=True
+    )
     p_aug: float = _flag(None, 'Probability of a random crop for a batch of images.', preset=True)
     frame_stack: int = _flag(None, 'Images stacked into one observation.', minimum=1, preset=True)
 
