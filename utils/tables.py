@@ -73,12 +73,12 @@ def published() -> dict[tuple[str, str], tuple[float, float | None]]:
 def scores_by_task(curves: Sequence[Curve]) -> dict[str, dict[str, np.ndarray]]:
     """{method: {task: (seeds,) final-three scores}}, methods and tasks in the order in which they are reported."""
     collected: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for curve in sorted(curves, key=_reporting_order):
+    for curve in sorted(curves, key=reporting_order):
         collected[curve.method][curve.env_name].append(curve.score)
     return {method: {task: np.array(scores) for task, scores in tasks.items()} for method, tasks in collected.items()}
 
 
-def _reporting_order(curve: Curve) -> tuple:
+def reporting_order(curve: Curve) -> tuple:
     agents = list(AGENT_TITLES)
     agent = agents.index(curve.agent) if curve.agent in agents else len(agents)
     return agent, curve.method, envs.TASKS.index(curve.env_name) if curve.env_name in envs.TASKS else 0, curve.seed
@@ -142,7 +142,7 @@ def _published_row(agent, settings, tasks, domain) -> list[str] | None:
 def stability_table(curves: Sequence[Curve], domains: Sequence[str]) -> Table:
     """Whether the end of training is as good as its best evaluation, by method and domain."""
     groups: dict[tuple[str, str], list[dict]] = defaultdict(list)
-    for curve in sorted(curves, key=_reporting_order):
+    for curve in sorted(curves, key=reporting_order):
         groups[curve.method, curve.domain].append(curve.scores)
     rows = []
     for domain in domains:
