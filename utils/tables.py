@@ -190,7 +190,7 @@ def aggregate_tables(scores: dict[str, dict[str, np.ndarray]]) -> list[Table]:
             Table(
                 title='Overall',
                 caption=(
-                    f'Over the {len(common)} tasks that every method has, in per cent of the largest possible: success '
+                    f'Over the {len(common)} task{"s" if len(common) > 1 else ""} that every method has, in per cent of the largest possible: success '
                     'rate (OGBench), return ÷ length of the episode (ExORL). Interquartile mean over runs; median and '
                     f'mean over tasks. {_INTERVALS}'
                 ),
