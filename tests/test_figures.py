@@ -20,7 +20,7 @@ def runs(tmp_path):
     base = {'agent.num_flow_goals': 16, 'agent.intention_encoder': 'variational'}
     write_run(tmp_path, 'g/a', {0: [0.0, 0.2, 0.2, 0.2], 1: [0.0, 0.6, 0.6, 0.6]}, settings=base)
     write_run(tmp_path, 'g/b', {0: [0.0, 0.9, 0.9, 0.9]}, settings=base, env_name=CUBE.format(2))
-    write_run(tmp_path, 'g/c', {0: [0.0, 0.3, 0.3, 0.3], 1: [0.1, 0.1]}, agent='iql')
+    write_run(tmp_path, 'g/c', {0: [0.0, 0.3, 0.3, 0.3], 1: [0.1, 0.1, 0.1, 0.1]}, agent='iql')
     write_run(tmp_path, 'g/d', {0: [0.0, 9.0, 9.0]}, agent='iql', env_name='walker_flip')
     for key, value in (('agent.num_flow_goals', 4), ('agent.intention_encoder', 'fb')):
         write_run(tmp_path, f'v/{value}', {0: [0.0, 0.5, 0.5, 0.5]}, settings={**base, key: value}, explicit=[key])
@@ -88,7 +88,7 @@ def test_learning_curves_have_a_panel_for_each_task(runs, opened):
     lines = lines_of(figure.axes[1])
     assert set(lines) == {'InFOM', 'InFOM num_flow_goals=4', 'InFOM intention_encoder=fb', 'IQL'}
     assert list(lines['InFOM'][1]) == pytest.approx([0, 40, 40, 40])
-    assert list(lines['IQL'][0]) == [0, 100]
+    assert list(lines['IQL'][1]) == pytest.approx([5, 20, 20, 20])
 
 
 def test_variants_are_told_by_what_differs(runs):

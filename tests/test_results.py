@@ -119,6 +119,19 @@ def test_evaluations_out_of_order_are_damage(tmp_path):
     assert 'seed 1 are not in the order' in reason(collect(tmp_path), 'g/twice')
 
 
+def test_unequal_lengths_are_never_averaged(tmp_path):
+    """Within a run they are damage; of two runs, the steps set the methods apart."""
+    write_run(tmp_path, 'g/uneven', {0: [0.1, 0.2, 0.3], 1: [0.1, 0.2]})
+    write_run(tmp_path, 'g/long', {2: [0.1, 0.2, 0.3, 0.4]})
+    write_run(tmp_path, 'g/short', {3: [0.1, 0.2, 0.3]})
+    collection = collect(tmp_path)
+    assert 'evaluations of seed 1 are not at the steps of seed 0' in reason(collection, 'g/uneven')
+    assert {curve.run: curve.method for curve in collection.curves} == {
+        'g/long': 'InFOM finetuning_steps=300',
+        'g/short': 'InFOM finetuning_steps=200',
+    }
+
+
 def test_one_seed_in_two_runs_is_left_out_of_both(tmp_path):
     write_run(tmp_path, 'a/same', {0: [0.1, 0.2, 0.3], 1: [0.1, 0.2, 0.3]})
     write_run(tmp_path, 'b/same', {1: [0.9, 0.9, 0.9], 2: [0.1, 0.2, 0.3]})

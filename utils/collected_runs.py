@@ -207,6 +207,8 @@ def _read_run(name: str, directory: Path) -> CollectedRun:
         steps = [row['step'] for row in rows[seed]]
         if sorted(set(steps)) != steps:
             raise UserError(f'damaged: the evaluations of seed {seed} are not in the order of steps, each once')
+        if steps != [row['step'] for row in rows[seeds[0]]]:
+            raise UserError(f'damaged: the evaluations of seed {seed} are not at the steps of seed {seeds[0]}')
     return CollectedRun(name, directory, config, rows, explicit, resolved, last)
 
 

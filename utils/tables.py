@@ -190,9 +190,9 @@ def aggregate_tables(scores: dict[str, dict[str, np.ndarray]]) -> list[Table]:
             Table(
                 title='Overall',
                 caption=(
-                    f'Over the {len(common)} task{"s" if len(common) > 1 else ""} that every method has, in per cent of the largest possible: success '
-                    'rate (OGBench), return ÷ length of the episode (ExORL). Interquartile mean over runs; median and '
-                    f'mean over tasks. {_INTERVALS}'
+                    f'Over the tasks that every method has ({len(common)}), in per cent of the largest possible: '
+                    'success rate (OGBench), return ÷ length of the episode (ExORL). Interquartile mean over runs; '
+                    f'median and mean over tasks. {_INTERVALS}'
                 ),
                 header=['', 'interquartile mean', 'median', 'mean', 'runs'],
                 rows=rows,
