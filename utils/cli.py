@@ -27,13 +27,14 @@ FLAG_ERRORS = (flags.Error, ValueError, OSError)
 flags.disclaim_key_flags()  # A flag defined through this module belongs to the command that asked for it.
 
 
-def run(main) -> None:
-    """Runs `main(argv)` under absl and exits; `argv` holds the program's name alone.
+def run(main, positional: tuple[str, ...] = ()) -> None:
+    """Runs `main(argv)` under absl and exits; `argv` holds the program's name and one argument for each name of
+    `positional`.
 
     Exit codes: 0 when main returns None (else what it returns), 2 for a `UserError`, a bad flag or a path that cannot
     be used, 1 for diverged training or a bug, 130 when interrupted.
     """
-    app.run(lambda argv: _guarded(main, argv), flags_parser=_parse_flags)
+    app.run(lambda argv: _guarded(main, argv, positional), flags_parser=_parse_flags)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
@@ -45,9 +46,12 @@ def _parse_flags(argv: list[str]) -> list[str]:
         _fail(f'{error} (--help lists the flags)', USER_ERROR_CODE)
 
 
-def _guarded(main, argv: list[str]):
-    if argv[1:]:
-        _fail(f'unexpected argument {argv[1]!r}: flags are written --name=value', USER_ERROR_CODE)
+def _guarded(main, argv: list[str], positional: tuple[str, ...]):
+    given = len(argv) - 1
+    if given > len(positional):
+        _fail(f'unexpected argument {argv[len(positional) + 1]!r}: flags are written --name=value', USER_ERROR_CODE)
+    if given < len(positional):
+        _fail(f'missing argument: <{positional[given]}> (--help lists the flags)', USER_ERROR_CODE)
     try:
         return main(argv)
     except UserError as error:

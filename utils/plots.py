@@ -1,6 +1,11 @@
-"""Figures from `metrics.jsonl` files. Matplotlib is imported when a figure is drawn, with a backend that needs no
-display."""
+"""How figures look: colours, panels, curves with bands, saving; and the learning curves of one task's runs.
 
+Matplotlib is imported when a figure is drawn, with a backend that needs no display. Which figures there are for
+collected runs is in `utils/figures.py`.
+"""
+
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +14,110 @@ from utils.runs import atomic_path, read_metrics
 
 # Okabe and Ito's colours, distinguishable with any colour vision.
 COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
+STYLES = ('-', '--', ':')  # one after the other when the colours are used up
+
+
+def color(position: int) -> str:
+    """The colour of the line or bar at a position, from 0."""
+    return COLORS[position % len(COLORS)]
+
+
+def style(position: int) -> str:
+    """The line style at a position; with `color`, 21 positions can be told apart."""
+    return STYLES[position // len(COLORS) % len(STYLES)]
+
+
+def hatch(position: int) -> str | None:
+    """The hatching of the bar at a position, one after the other when the colours are used up."""
+    return (None, '///', '...')[position // len(COLORS) % 3]
+
+
+def panels(count: int, columns: int, size: tuple[float, float]):
+    """(figure, axes): `count` panels of `size` inches in rows of at most `columns`, without the upper and right
+    spines."""
+    pyplot = _pyplot()
+    columns = min(count, columns)
+    rows = -(-count // columns)
+    figure, grid = pyplot.subplots(
+        rows, columns, figsize=(size[0] * columns, size[1] * rows + 0.5), squeeze=False, constrained_layout=True
+    )
+    for axis in grid.flat[count:]:
+        axis.set_visible(False)
+    axes = list(grid.flat[:count])
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.spines[['top', 'right']].set_visible(False)
+    return figure, axes
+
+
+def draw_band(axis, curves: Sequence[tuple[np.ndarray, np.ndarray]], *, color, style='-', label=None, seeds=False):
+    """Draws curves (steps, values) of several seeds as their mean with a band of one standard deviation.
+
+    The mean is taken at the steps that all of them have; what one has beyond the last of these is a thin line of its
+    own. seeds: draws every curve as a thin line.
+    """
+    common = sorted(set.intersection(*(set(steps.tolist()) for steps, _ in curves)))
+    end = common[-1] if common else -np.inf
+    for steps, values in curves if len(curves) > 1 else []:
+        chosen = np.ones(len(steps), bool) if seeds else steps >= end
+        if chosen.sum() > 1:
+            axis.plot(steps[chosen], values[chosen], style, color=color, alpha=0.3, linewidth=0.8)
+    if not common:
+        return
+    stacked = np.stack([values[np.isin(steps, common)] for steps, values in curves])  # (seeds, steps)
+    mean = stacked.mean(axis=0)
+    axis.plot(common, mean, style, color=color, linewidth=2, label=label)
+    if len(curves) > 1:
+        std = stacked.std(axis=0, ddof=1)
+        axis.fill_between(common, mean - std, mean + std, color=color, alpha=0.15, linewidth=0)
+
+
+def legend(figure, axes) -> None:
+    """One legend for all panels, below them; each label once."""
+    entries = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    width, height = figure.get_size_inches()
+    longest = max(map(len, entries), default=1)
+    columns = max(1, min(len(entries), int(width / (0.6 + 0.09 * longest))))
+    figure.set_size_inches(width, height + 0.22 * -(-len(entries) // columns))  # The panels keep their size.
+    figure.legend(entries.values(), entries.keys(), loc='outside lower center', frameon=False, ncols=columns)
+
+
+def count_in_thousands(axis) -> None:
+    """Marks the horizontal axis as 100k, 200k, …, few enough to be read."""
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axis.xaxis.set_major_formatter(EngFormatter(sep=''))
+
+
+def save(figure, path: str | os.PathLike) -> Path:
+    """Writes a figure in the format of its path's suffix, atomically; the same figure gives the same bytes."""
+    path = Path(path)
+    metadata = {'pdf': {'CreationDate': None}, 'svg': {'Date': None}}.get(path.suffix[1:], {})
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=110, metadata=metadata)
+    return path
+
+
+def close(figure) -> None:
+    """Frees a figure's memory."""
+    _pyplot().close(figure)
+
+
+def _pyplot():
+    import matplotlib
+
+    matplotlib.use('Agg')
+    matplotlib.rcParams['svg.hashsalt'] = 'infom'
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+# --- One task's runs, as the demo shows them ---
 
 
 def read_curve(run_directory, metric, seed, phase=None):
@@ -30,42 +139,35 @@ def draw_learning_curves(runs, path, title, reference=None):
     flow loss on training and validation rows, Q against its targets. reference: {name: success} drawn as horizontal
     lines in the first panel.
     """
-    import matplotlib
-
-    matplotlib.use('Agg')
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 4, figsize=(17, 3.8), constrained_layout=True)
-    panels = [
+    figure, axes = panels(4, columns=4, size=(4.25, 3.3))
+    shown = [
         ('success rate', {'evaluation/episode.success': '-'}),
         ('return', {'evaluation/episode.return': '-'}),
         ('flow loss (dashed: validation)', {'training/flow_loss': '-', 'validation/flow_loss': '--'}),
         ('Q (dashed: target)', {'training/q_mean': '-', 'training/q_target_mean': '--'}),
     ]
-    for axis, (name, metrics) in zip(axes, panels, strict=True):
-        for color, (label, members) in zip(COLORS, runs.items(), strict=False):
-            for metric, style in metrics.items():
+    for axis, (name, metrics) in zip(axes, shown, strict=True):
+        for position, (label, members) in enumerate(runs.items()):
+            for metric, line in metrics.items():
                 curves = [read_curve(directory, metric, seed) for directory, seed in members]
                 curves = [curve for curve in curves if len(curve[0])]
-                if not curves:
-                    continue
-                for steps, values in curves if len(curves) > 1 else []:
-                    axis.plot(steps, values, style, color=color, alpha=0.3, linewidth=0.8)
-                length = min(len(steps) for steps, _ in curves)
-                stacked = np.stack([values[:length] for _, values in curves])
-                steps, mean, std = curves[0][0][:length], stacked.mean(axis=0), stacked.std(axis=0)
-                axis.plot(steps, mean, style, color=color, linewidth=2, label=label if style == '-' else None)
-                if len(curves) > 1:
-                    axis.fill_between(steps, mean - std, mean + std, color=color, alpha=0.15, linewidth=0)
+                if curves:
+                    draw_band(
+                        axis,
+                        curves,
+                        color=color(position),
+                        style=line,
+                        label=label if line == '-' else None,
+                        seeds=True,
+                    )
         axis.set_xlabel('updates')
+        count_in_thousands(axis)
         axis.set_title(name)
-        axis.grid(alpha=0.3)
-    for (name, value), color in zip((reference or {}).items(), COLORS[3:], strict=False):
-        axes[0].axhline(value, color=color, linestyle=':', label=name)
+    for position, (name, value) in enumerate((reference or {}).items(), start=3):
+        axes[0].axhline(value, color=color(position), linestyle=':', label=name)
     axes[0].set_ylim(-0.03, 1.03)
     axes[0].legend(frameon=False)
     axes[2].set_yscale('log')
     figure.suptitle(title)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=110)
-    pyplot.close(figure)
+    save(figure, path)
+    close(figure)

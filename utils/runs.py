@@ -238,7 +238,7 @@ def write_summary(run_directory: str | os.PathLike) -> dict:
     seeds = sorted({row['seed'] for row in rows})
     per_seed = {seed: _seed_summary([row for row in rows if row['seed'] == seed]) for seed in seeds}
     scores = {
-        score: {key: [per_seed[seed][score][key] for seed in seeds] for key in _score_summary([])} for score in SCORES
+        score: {key: [per_seed[seed][score][key] for seed in seeds] for key in score_summary([])} for score in SCORES
     }
     steps: dict[str, int] = {}
     for row in rows:
@@ -324,11 +324,12 @@ def _seed_summary(rows: list[dict]) -> dict:
     scores = {}
     for score in SCORES:
         curve = [row[f'evaluation/{score}'] for row in finetuning if row.get(f'evaluation/{score}') is not None]
-        scores[score] = _score_summary(curve)
+        scores[score] = score_summary(curve)
     return {**scores, 'last': last}
 
 
-def _score_summary(curve: list[float]) -> dict:
+def score_summary(curve: Sequence[float]) -> dict:
+    """The scores of one seed from its evaluations in order; `write_summary` says what each is."""
     final_three = _mean(curve[-3:])
     best = max(curve, default=None)
     return {

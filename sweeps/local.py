@@ -1,0 +1,173 @@
+"""Runs of a sweep as processes of this machine, N at a time: what is finished is skipped, what was interrupted goes on,
+what fails is noted and does not stop the rest."""
+
+import contextlib
+import dataclasses
+import os
+import signal
+import subprocess
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from sweeps.sweep_files import NOT_IN_NAME, Run
+from utils.errors import UserError
+from utils.run_config import flag_fields
+from utils.run_status import FINISHED, read_json, run_status
+
+LOG_NAME = 'launch.log'
+POLL_SECONDS = 0.2
+
+
+@dataclasses.dataclass
+class Outcome:
+    """How a launch went: labels of runs by what became of them; `failed` with the reason."""
+
+    finished: list[str] = dataclasses.field(default_factory=list)
+    skipped: list[str] = dataclasses.field(default_factory=list)
+    failed: dict[str, str] = dataclasses.field(default_factory=dict)
+    interrupted: bool = False
+
+    def summary(self) -> str:
+        """One line."""
+        counts = f'{len(self.finished)} finished, {len(self.skipped)} were finished before, {len(self.failed)} failed'
+        return '; '.join([counts, *(f'{label}: {reason}' for label, reason in self.failed.items())])
+
+
+def already_done(run: Run) -> bool:
+    """Whether the run's directory holds it, finished.
+
+    Raises:
+        UserError: it holds a finished run with other settings.
+    """
+    if run_status(run.directory) != FINISHED:
+        return False
+    config = read_json(run.directory / 'config.json')
+    for name, value in run.flags.items():
+        if name.startswith('agent.'):
+            there = config['agent'].get(name.removeprefix('agent.'))
+        elif name in ('env_name', 'seed', 'num_seeds') or (name in flag_fields() and name not in NOT_IN_NAME):
+            there = config.get(name)
+        else:
+            continue
+        if _plain(there) != _plain(value):
+            raise UserError(
+                f'{run.directory} is finished with {name}={there}, now it is {value}: '
+                'choose another --save_dir, or move it away'
+            )
+    return True
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it: tuples and lists alike, 1 and 1.0 alike, text as it is written on the command line."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, (bool, int, float)) else str(value)
+
+
+def launch(runs: Sequence[Run], jobs: int, gpus: Sequence[str] = ()) -> Outcome:
+    """Runs them all, `jobs` at a time, with a progress bar. The output of each goes to `launch.log` in its directory.
+
+    gpus: the devices that the jobs take in turn, as CUDA_VISIBLE_DEVICES names them; none: left as they are.
+    Ctrl-C or SIGTERM stops the running ones, which save, and waits for them.
+    """
+    outcome = Outcome()
+    waiting = deque()
+    for run in runs:
+        try:
+            if already_done(run):
+                outcome.skipped.append(run.label)
+            else:
+                waiting.append(run)
+        except UserError as error:
+            outcome.failed[run.label] = str(error)
+    free = list(range(jobs))[::-1]  # Numbers of the jobs that may start; each keeps to its GPU.
+    running: dict[int, tuple[Run, subprocess.Popen]] = {}
+    with (
+        tqdm(total=len(runs), initial=len(runs) - len(waiting), unit='run', dynamic_ncols=True) as bar,
+        _interruptible(),
+    ):
+        try:
+            while waiting or running:
+                while waiting and free:
+                    job = free.pop()
+                    running[job] = (run := waiting.popleft()), _start(run, job, jobs, gpus)
+                time.sleep(POLL_SECONDS)
+                for job, (run, process) in list(running.items()):
+                    if process.poll() is not None:
+                        del running[job]
+                        free.append(job)
+                        _note(outcome, run, process.returncode)
+                        bar.update()
+                        bar.set_postfix(running=len(running), failed=len(outcome.failed))
+        except KeyboardInterrupt:
+            outcome.interrupted = True
+            for _, process in running.values():
+                process.terminate()
+            for run, process in running.values():
+                _note(outcome, run, process.wait())
+    return outcome
+
+
+def _start(run: Run, job: int, jobs: int, gpus: Sequence[str]) -> subprocess.Popen:
+    environment = dict(os.environ)
+    if gpus:
+        environment['CUDA_VISIBLE_DEVICES'] = gpus[job % len(gpus)]
+    sharing = -(-jobs // max(len(gpus), 1))
+    if sharing > 1:  # Or the first process on a GPU would take three quarters of its memory.
+        environment.setdefault('XLA_PYTHON_CLIENT_MEM_FRACTION', f'{0.9 / sharing:.2f}')
+    run.directory.mkdir(parents=True, exist_ok=True)
+    with open(run.directory / LOG_NAME, 'ab') as log:
+        log.write(f'$ {" ".join(run.command())}\n'.encode())
+        log.flush()
+        # A session of its own: Ctrl-C reaches the launcher alone, which passes it on once.
+        return subprocess.Popen(
+            run.command(), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
+
+
+def _note(outcome: Outcome, run: Run, code: int) -> None:
+    reason = failure(run, code)
+    if reason is None:
+        outcome.finished.append(run.label)
+    else:
+        outcome.failed[run.label] = reason
+        tqdm.write(f'failed: {run.label}: {reason} (see {run.directory / LOG_NAME})')
+
+
+def failure(run: Run, code: int) -> str | None:
+    """Why an ended process did not finish its run, or None if it did."""
+    if code < 0:
+        return f'killed by {signal.Signals(-code).name}'
+    status = run_status(run.directory)
+    if code:
+        return f'exit code {code}: {last_line(run.directory / LOG_NAME)}'
+    return None if status == FINISHED else f'stopped before its end ({status}): start again to resume'
+
+
+def last_line(path: Path) -> str:
+    """The last line of a log that has something in it; a progress bar's line ends at its last state."""
+    with contextlib.suppress(OSError):
+        for line in reversed(path.read_text(errors='replace').replace('\r', '\n').splitlines()):
+            if line.strip():
+                return line.strip()
+    return 'no output'
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM stops the block like Ctrl-C."""
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,145 @@
+"""From a sweep file to runs: the grid's combinations, each with a name that its settings alone decide.
+
+The files are wandb's own format (method grid; parameters with `value` or `values`), so that `wandb sweep` takes them as
+they are. A parameter is a flag of the program.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import agents
+from utils.errors import UserError
+from utils.run_config import flag_fields
+
+# Flags that say where a run goes and how it is watched: no part of its name.
+NOT_IN_NAME = frozenset(
+    {
+        'env_name', 'agent', 'seed', 'num_seeds', 'save_dir', 'run_group', 'run_name', 'dataset_dir',
+        'dataset_location', 'eval_workers', 'video_episodes', 'video_frame_skip', 'wandb_mode', 'compilation_cache',
+        'chunk_size', 'log_interval', 'save_interval', 'restore_path', 'nan_policy',
+    }
+)  # fmt: skip
+LONGEST_NAME = 180  # Characters; file systems allow 255, and files beside the run add suffixes.
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One process: the program and its flags, `run_group` and `run_name` among them."""
+
+    program: str
+    flags: dict[str, Any]
+
+    @property
+    def label(self) -> str:
+        return f'{self.flags["run_group"]}/{self.flags["run_name"]}'
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.flags['save_dir']).expanduser() / self.flags['run_group'] / self.flags['run_name']
+
+    def command(self, python: str = sys.executable) -> list[str]:
+        return [python, self.program, *(f'--{key}={value}' for key, value in self.flags.items())]
+
+
+def read_sweep(path: Path) -> dict[str, Any]:
+    """The content of a sweep file. Raises `UserError`: not readable, or not a grid of flags."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding='utf-8'))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f'cannot read {path}: {error}') from error
+    if not isinstance(content, dict) or not isinstance(content.get('parameters'), dict):
+        raise UserError(f'{path} is no sweep file: expected `parameters`, each with `value` or `values`')
+    if content.get('method') != 'grid':
+        raise UserError(f'{path} has method {content.get("method")!r}: only grids can be expanded; use wandb sweep')
+    for name, parameter in content['parameters'].items():
+        if not isinstance(parameter, dict) or set(parameter) not in ({'value'}, {'values'}):
+            raise UserError(f'{path}: parameter {name} is {parameter!r}: expected `value: …` or `values: […]`')
+        if 'values' in parameter and not (isinstance(parameter['values'], list) and parameter['values']):
+            raise UserError(f'{path}: parameter {name} has no list of values')
+    return content
+
+
+def expand(path: Path, overrides: Mapping[str, Any] | None = None) -> list[Run]:
+    """Every run of a sweep file, in the grid's order (the last parameter runs fastest), each once.
+
+    overrides: flags that replace the file's for all runs.
+
+    Raises:
+        UserError: see `read_sweep`; or a parameter or override that is no flag of the runs.
+    """
+    content, overrides = read_sweep(path), dict(overrides or {})
+    values = {
+        name: parameter.get('values', [parameter.get('value')]) for name, parameter in content['parameters'].items()
+    }
+    values |= {name: [value] for name, value in overrides.items()}
+    program = content.get('program', 'main.py')
+    runs = {}
+    for combination in itertools.product(*values.values()):
+        flags = dict(zip(values, combination, strict=True))
+        flags.setdefault('run_group', content.get('name') or path.stem)
+        flags.setdefault('run_name', run_name(flags))
+        flags.setdefault('save_dir', 'exp')
+        run = Run(program, flags)
+        runs.setdefault(run.label, run)  # An override may have made several the same.
+    _check_flags(path, runs.values())
+    return list(runs.values())
+
+
+def run_name(flags: Mapping[str, Any]) -> str:
+    """`<env_name>_<agent>_<key=value,…>_sd<seeds>`: the settings decide it alone, so that the same run finds itself
+    again. A long one is cut and ends in a digest of the whole."""
+    agent = Path(str(flags.get('agent', 'infom'))).stem
+    settings = [
+        f'{key.removeprefix("agent.")}={_written(value)}'
+        for key, value in sorted(flags.items())
+        if key not in NOT_IN_NAME
+    ]
+    first, count = flags.get('seed', 0), flags.get('num_seeds', 1)
+    seeds = f'sd{first}' if count == 1 else f'sd{first}-{first + count - 1}'
+    parts = [str(flags.get('env_name', '')), agent, ','.join(settings), seeds]
+    name = re.sub(r'[^\w+=@,.-]', '-', '_'.join(part for part in parts if part))
+    if len(name) > LONGEST_NAME:
+        name = f'{name[: LONGEST_NAME - 13]}_{hashlib.sha256(name.encode()).hexdigest()[:12]}'
+    return name
+
+
+def _written(value: Any) -> str:
+    """3.0 and 3 alike: what goes through wandb's server may come back as the other."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def parse_flags(arguments: Sequence[str]) -> dict[str, Any]:
+    """{'preset': 'small', 'agent.alpha': 3.0} from 'preset=small' and 'agent.alpha=3.0', hyphens before it or not.
+
+    Values are read as in a sweep file. Raises `UserError` for one without '='.
+    """
+    flags = {}
+    for argument in arguments:
+        name, equals, value = argument.lstrip('-').partition('=')
+        if not (name and equals):
+            raise UserError(f'{argument!r} is no setting: expected name=value, as in preset=small')
+        try:
+            flags[name] = yaml.safe_load(value) if value else ''
+        except yaml.YAMLError:
+            flags[name] = value
+    return flags
+
+
+def _check_flags(path: Path, runs: Iterable[Run]) -> None:
+    settings: dict[str, set[str]] = {}
+    for run in runs:
+        agent = str(run.flags.get('agent', 'infom'))
+        if agent not in settings:
+            config = agents.load(agent).get_config()
+            settings[agent] = {f'agent.{key}' for key in config}
+        unknown = sorted(set(run.flags) - set(flag_fields()) - settings[agent] - {'agent'})
+        if unknown:
+            raise UserError(f'{path}: --{unknown[0]} is no flag of {run.program} with --agent={agent}')

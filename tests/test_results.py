@@ -1,0 +1,367 @@
+"""Collecting runs: what counts, what is named and left out, what is one method; scores and tables by hand; the command
+as a process."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import envs
+from tests.tiny_runs import CUBE, write_run
+from utils import results, runs, tables
+from utils.collected_runs import AGENT_TITLES, collect
+from utils.errors import UserError
+from utils.run_status import FINISHED, run_status
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def rows_of(path):
+    with open(path, newline='') as file:
+        return list(csv.DictReader(file))
+
+
+def reason(collection, run):
+    (text,) = [text for name, text in collection.left_out if name == run]
+    return text
+
+
+# ------------------------------------------------------------------------------------------------------------ scores
+
+
+def test_scores_by_hand(tmp_path):
+    write_run(tmp_path, 'g/a', {3: [0.0, 0.9, 0.2, 0.3, 0.7], 4: [0.0, 0.0, 0.0, 0.0, 0.0]})
+    first, second = collect(tmp_path).curves
+    assert (first.run, first.method, first.seed, first.unit) == ('g/a', 'InFOM', 3, 'success %')
+    assert first.steps.tolist() == [0, 100, 200, 300, 400]  # of fine-tuning
+    assert first.values.tolist() == pytest.approx([0, 90, 20, 30, 70])
+    assert first.score == pytest.approx(40.0)
+    assert first.scores == pytest.approx(
+        {'evaluations': 5, 'first': 0, 'final': 70, 'final_three': 40, 'best': 90, 'drop': 50, 'stability': 4 / 9}
+    )
+    assert second.scores['stability'] is None
+    assert second.scores['drop'] == 0
+
+
+def test_exorl_is_scored_by_return(tmp_path):
+    write_run(tmp_path, 'g/a', {0: [10.0, 250.0, 350.0, 300.0]}, env_name='walker_flip')
+    (curve,) = collect(tmp_path).curves
+    assert (curve.unit, curve.domain, curve.score) == ('return', 'walker', 300.0)
+
+
+# ------------------------------------------------------------------------------------------ what counts, what does not
+
+
+def test_nothing_to_collect_is_refused(tmp_path):
+    with pytest.raises(UserError, match='not a directory'):
+        collect(tmp_path / 'absent')
+    with pytest.raises(UserError, match='no run in'):
+        collect(tmp_path)
+    write_run(tmp_path, 'g/a', {0: [0.0, 0.5]}, finished=False)
+    with pytest.raises(UserError, match=r'no finished run.*g/a: not finished: at step 100 of 200'):
+        collect(tmp_path)
+
+
+def test_unfinished_and_damaged_runs_are_named_and_left_out(tmp_path):
+    write_run(tmp_path, 'g/good', {0: [0.1, 0.2, 0.3]})
+    write_run(tmp_path, 'g/crashed', {1: [0.1, 0.2, 0.3]}, finished=False)
+    (write_run(tmp_path, 'g/cut', {2: [0.1, 0.2, 0.3]}) / 'config.json').write_text('{"agent_na')
+    (write_run(tmp_path, 'g/garbled', {3: [0.1, 0.2]}) / 'metrics.jsonl').write_text('{}\nnonsense\n')
+    (write_run(tmp_path, 'g/empty', {4: [0.1, 0.2]}) / 'metrics.jsonl').unlink()
+    (write_run(tmp_path, 'g/keyless', {5: [0.1, 0.2]}) / 'config.json').write_text('{}')
+    (write_run(tmp_path, 'g/started', {6: [0.1, 0.2]}) / 'config.json').unlink()
+    (write_run(tmp_path, 'g/listed', {7: [0.1, 0.2]}) / 'summary.json').write_text('[]')
+    unknown = write_run(tmp_path, 'g/unknown', {8: [0.1, 0.2]})
+    config = json.loads((unknown / 'config.json').read_text())
+    (unknown / 'config.json').write_text(json.dumps(config | {'env_name': 'cube-single-play-singletask-task9-v0'}))
+    collection = collect(tmp_path)
+    assert [curve.run for curve in collection.curves] == ['g/good']
+    assert reason(collection, 'g/crashed') == 'not finished: at step 200 of 300'
+    assert reason(collection, 'g/cut').startswith('config.json is damaged')
+    assert 'line 2 is not a JSON object' in reason(collection, 'g/garbled')
+    assert reason(collection, 'g/empty') == 'stopped before the first line of metrics'
+    assert 'pretraining_steps' in reason(collection, 'g/keyless')
+    assert reason(collection, 'g/started') == 'config.json is missing'
+    assert 'summary.json is damaged' in reason(collection, 'g/listed')
+    assert 'unknown task' in reason(collection, 'g/unknown')
+    assert len(collection.left_out) == 8
+
+
+def test_a_run_made_longer_and_then_stopped_is_not_finished(tmp_path):
+    directory = write_run(tmp_path, 'g/a', {0: [0.1, 0.2]})
+    assert run_status(directory) == FINISHED
+    config = json.loads((directory / 'config.json').read_text())
+    (directory / 'config.json').write_text(json.dumps(config | {'finetuning_steps': 400}))
+    assert run_status(directory) == 'not finished: at step 200 of 500'
+    (directory / 'config.json').write_text(json.dumps(config))
+    with runs.MetricsLog(directory / 'metrics.jsonl') as log:
+        log.write(350, 'finetuning', 0, {'evaluation/episode.success': 1.0})
+    assert run_status(directory) == 'not finished: at step 350 of 350'
+
+
+def test_a_run_without_evaluations_of_a_seed_is_left_out(tmp_path):
+    write_run(tmp_path, 'g/a', {0: [0.1, 0.2, 0.3]})
+    write_run(tmp_path, 'g/half', {1: [0.1, 0.2], 2: []})
+    collection = collect(tmp_path)
+    assert 'no evaluation/episode.success of seed 2' in reason(collection, 'g/half')
+
+
+def test_evaluations_out_of_order_are_damage(tmp_path):
+    write_run(tmp_path, 'g/a', {0: [0.1, 0.2, 0.3]})
+    directory = write_run(tmp_path, 'g/twice', {1: [0.1, 0.2, 0.3]})
+    lines = (directory / 'metrics.jsonl').read_text().splitlines()
+    (directory / 'metrics.jsonl').write_text('\n'.join([*lines, lines[-1]]) + '\n')
+    assert 'seed 1 are not in the order' in reason(collect(tmp_path), 'g/twice')
+
+
+def test_unequal_lengths_are_never_averaged(tmp_path):
+    """Within a run they are damage; of two runs, the steps set the methods apart."""
+    write_run(tmp_path, 'g/uneven', {0: [0.1, 0.2, 0.3], 1: [0.1, 0.2]})
+    write_run(tmp_path, 'g/long', {2: [0.1, 0.2, 0.3, 0.4]})
+    write_run(tmp_path, 'g/short', {3: [0.1, 0.2, 0.3]})
+    collection = collect(tmp_path)
+    assert 'evaluations of seed 1 are not at the steps of seed 0' in reason(collection, 'g/uneven')
+    assert {curve.run: curve.method for curve in collection.curves} == {
+        'g/long': 'InFOM finetuning_steps=300',
+        'g/short': 'InFOM finetuning_steps=200',
+    }
+
+
+def test_one_seed_in_two_runs_is_left_out_of_both(tmp_path):
+    write_run(tmp_path, 'a/same', {0: [0.1, 0.2, 0.3], 1: [0.1, 0.2, 0.3]})
+    write_run(tmp_path, 'b/same', {1: [0.9, 0.9, 0.9], 2: [0.1, 0.2, 0.3]})
+    collection = collect(tmp_path)
+    assert [(curve.run, curve.seed) for curve in collection.curves] == [('a/same', 0), ('b/same', 2)]
+    assert 'seed 1 of InFOM' in reason(collection, 'a/same')
+    assert 'is in a/same, too' in reason(collection, 'b/same')
+
+
+def test_one_name_in_two_groups_is_two_runs(tmp_path):
+    write_run(tmp_path, 'a/same', {0: [0.1, 0.2, 0.3]})
+    write_run(tmp_path, 'b/same', {1: [0.1, 0.2, 0.3]})
+    collection = collect(tmp_path)
+    assert [curve.run for curve in collection.curves] == ['a/same', 'b/same']
+    assert {curve.method for curve in collection.curves} == {'InFOM'}
+
+
+# ---------------------------------------------------------------------------------------------- what is one method
+
+
+def test_what_the_command_line_chose_makes_the_method(tmp_path):
+    write_run(tmp_path, 'g/a', {0: [0.1, 0.2, 0.3]}, explicit=['preset'])
+    write_run(tmp_path, 'g/b', {0: [0.1, 0.2, 0.3]}, settings={'agent.alpha': 3.0}, explicit=['agent.alpha', 'preset'])
+    # The preset's own value of another task: the same method.
+    write_run(
+        tmp_path, 'g/c', {0: [0.1, 0.2, 0.3]}, env_name=CUBE.format(2), settings={'agent.alpha': 300.0},
+        explicit=['preset'],
+    )  # fmt: skip
+    collection = collect(tmp_path)
+    assert [curve.method for curve in collection.curves] == ['InFOM', 'InFOM alpha=3.0', 'InFOM']
+    assert [curve.settings for curve in collection.curves] == [
+        {'agent.alpha': 10.0},
+        {'agent.alpha': 3.0},
+        {'agent.alpha': 300.0},
+    ]
+    assert 'All runs: preset=small.' in collection.notes
+
+
+@pytest.mark.parametrize('change', [{'settings': {'agent.tau': 0.1}}, {'fingerprint': 'e' * 64}])
+def test_settings_or_data_that_differ_behind_the_same_command_are_never_averaged(tmp_path, change):
+    write_run(tmp_path, 'g/a', {0: [0.1, 0.2, 0.3]}, settings={'agent.tau': 0.005})
+    write_run(tmp_path, 'g/b', {1: [0.1, 0.2, 0.3]}, **({'settings': {'agent.tau': 0.005}} | change))
+    first, second = (curve.method for curve in collect(tmp_path).curves)
+    assert first != second
+    assert ('tau=0.005' in first) if 'settings' in change else ('data=' in first)
+
+
+def test_mixed_versions_are_named(tmp_path):
+    write_run(tmp_path, 'g/a', {0: [0.1, 0.2, 0.3]})
+    write_run(tmp_path, 'g/b', {1: [0.1, 0.2, 0.3]}, environment={'git_commit': 'def', 'packages': {'jax': '0.11.0'}})
+    (note,) = [note for note in collect(tmp_path).notes if 'mixed versions' in note]
+    for part in ('git_commit abc (g/a) / def (g/b)', 'jax 0.10.2 (g/a) / 0.11.0 (g/b)'):
+        assert part in note
+
+
+def test_missing_seeds_and_short_runs_are_named(tmp_path):
+    write_run(tmp_path, 'g/a', {0: [0.1, 0.2, 0.3], 1: [0.1, 0.2, 0.3]})
+    write_run(tmp_path, 'g/b', {0: [0.1, 0.2]}, agent='iql')
+    notes = '\n'.join(collect(tmp_path).notes)
+    assert f'IQL has fewer seeds than others: 1 of 2 on {CUBE.format(1)}' in notes
+    assert 'Fewer than three evaluations, all of which make the score: g/b' in notes
+
+
+# ---------------------------------------------------------------------------------------------------------- tables
+
+
+@pytest.fixture
+def two_methods(tmp_path):
+    """InFOM with two seeds on two tasks, IQL with two seeds and one."""
+    write_run(tmp_path, 'g/a', {0: [0.0, 0.2, 0.2, 0.2], 1: [0.0, 0.6, 0.6, 0.6]})
+    write_run(tmp_path, 'g/b', {0: [0.0, 1.0, 1.0, 1.0], 1: [0.0, 0.9, 0.9, 0.9]}, env_name=CUBE.format(2))
+    write_run(tmp_path, 'g/c', {0: [0.0, 0.3, 0.3, 0.3], 1: [0.0, 0.1, 0.1, 0.1]}, agent='iql')
+    write_run(tmp_path, 'g/d', {0: [0.0, 0.5, 0.2, 0.2]}, agent='iql', env_name=CUBE.format(2))
+    return tmp_path
+
+
+def test_a_domain_table_by_hand(two_methods):
+    table = tables.domain_table('cube-single', collect(two_methods).curves)
+    assert table.header == ['', 'task1', 'task2', 'average']
+    infom, infom_published, iql, iql_published = table.rows
+    # Standard deviations of (20, 60) and (100, 90): 20√2 and 5√2; their mean 12.5√2 = 17.7.
+    assert infom == ['InFOM', '40.0 ± 28.3 (2)', '95.0 ± 7.1 (2)', '67.5 ± 17.7']
+    assert infom_published == ['InFOM (published)', '92.5 ± 4.0', '78.4 ± 12.3', '77.7 ± 21.3']
+    assert iql == ['IQL', '20.0 ± 14.1 (2)', '30.0 (1)', '25.0']
+    assert iql_published == ['IQL (published)', '–', '–', '44.4 ± 10.1']
+
+
+def test_no_average_over_fewer_tasks_than_others_have(two_methods):
+    shutil.rmtree(two_methods / 'g' / 'd')
+    rows = {row[0]: row for row in tables.domain_table('cube-single', collect(two_methods).curves).rows}
+    assert rows['IQL'] == ['IQL', '20.0 ± 14.1 (2)', '–', '–']
+
+
+def test_the_stability_table_by_hand(two_methods):
+    rows = {row[0]: row for row in tables.stability_table(collect(two_methods).curves, ['cube-single']).rows}
+    # IQL: final three 30, 10, 30; best 30, 10, 50; ratios 1, 1, 0.6.
+    assert rows['IQL'] == ['IQL', 'cube-single', '23.3', '30.0', '6.7', '0.87', '3']
+
+
+def test_aggregates_by_hand(two_methods):
+    overall, improvement = tables.aggregate_tables(tables.scores_by_task(collect(two_methods).curves))
+    rows = {row[0]: row for row in overall.rows}
+    # InFOM's runs 20 60 90 100: the middle two; IQL's 10 30 30: 3 // 4 = 0 are left out.
+    assert rows['InFOM'][1].startswith('75.0 [')
+    assert rows['IQL'][1].startswith('23.3 [')
+    assert rows['IQL'][3].startswith('25.0 [')
+    assert rows['IQL'][4] == '3'
+    # Task 1: 20 and 60 against 30 and 10: 3 of 4. Task 2: 2 of 2.
+    (row,) = improvement.rows
+    assert row[0] == 'InFOM > IQL'
+    assert row[1].startswith('0.88 [')
+    assert row[2] == '2'
+
+
+def test_the_scale_that_tasks_share(tmp_path):
+    write_run(tmp_path, 'g/a', {0: [0.5, 0.5, 0.5]})
+    write_run(tmp_path, 'g/b', {0: [100.0, 100.0, 100.0]}, env_name='jaco_reach_top_left')
+    write_run(tmp_path, 'g/c', {0: [100.0, 100.0, 100.0]}, env_name='walker_flip')
+    (overall,) = tables.aggregate_tables(tables.scores_by_task(collect(tmp_path).curves))
+    assert overall.rows == [['InFOM', '33.3', '40.0', '33.3', '3']]  # 50 %, 100 of 250, 100 of 1000
+
+
+def test_methods_without_a_common_task_are_not_aggregated(tmp_path):
+    write_run(tmp_path, 'g/a', {0: [0.5, 0.5, 0.5]})
+    write_run(tmp_path, 'g/b', {0: [0.5, 0.5, 0.5]}, agent='iql', env_name=CUBE.format(2))
+    assert tables.aggregate_tables(tables.scores_by_task(collect(tmp_path).curves)) == []
+
+
+def test_a_published_ablation_stands_beside_its_variant(tmp_path):
+    settings = {'agent.intention_encoder': 'variational'}
+    write_run(tmp_path, 'g/a', {0: [0.0, 500.0]}, env_name='walker_flip', settings=settings)
+    write_run(
+        tmp_path, 'g/b', {0: [0.0, 300.0]}, env_name='walker_flip', settings={'agent.intention_encoder': 'fb'},
+        explicit=['agent.intention_encoder'],
+    )  # fmt: skip
+    rows = {row[0]: row for row in tables.domain_table('walker', collect(tmp_path).curves).rows}
+    assert rows['InFOM (published)'] == ['InFOM (published)', '409.0 ± 13.0', '393.0 ± 46.0']
+    assert rows['InFOM intention_encoder=fb (published)'] == ['InFOM intention_encoder=fb (published)', '254.0', '–']
+
+
+def test_published_figures_are_of_known_agents_tasks_and_domains():
+    with open(tables.PUBLISHED_PATH, newline='') as file:
+        rows = list(csv.DictReader(file))
+    names = set(envs.TASKS) | {tables.domain_of(task) for task in envs.TASKS}
+    for row in rows:
+        assert row['agent'] in AGENT_TITLES
+        assert row['name'] in names
+        assert row['metric'] == (
+            'success %'
+            if 'singletask' in row['name'] or '-' in row['name'] or row['name'] in ('scene', 'visual')
+            else 'return'
+        )
+    assert len(tables.published()) == len(rows), 'a figure stands there twice'
+    assert tables.published()['HILP+IQL', 'quadruped'] == (527.0, 11.0)
+    assert tables.published()['InFOM num_flow_steps=20', CUBE.format(1).replace('single-play', 'double-play')] == (
+        49.0,
+        None,
+    )
+
+
+def test_latex_has_nothing_that_latex_cannot_read(two_methods):
+    text = results.report(collect(two_methods), 'latex')
+    assert text.count(r'\begin{tabular}') == text.count(r'\end{tabular}') == 4
+    assert r'InFOM $>$ IQL & 0.88 [' in text
+    for line in text.splitlines():
+        if not line.startswith('%'):
+            assert not set(line) & set('±–÷−'), line
+            assert '%' not in line.replace(r'\%', ''), line
+            assert line.isascii(), line
+
+
+# ---------------------------------------------------------------------------------------------------- the command
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, '-m', 'utils.results', *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
+    )
+
+
+def test_the_command_writes_files_that_read_back(two_methods):
+    write_run(two_methods, 'g/e', {5: [0.1, 0.2, 0.3]}, finished=False)
+    result = command(two_methods)
+    assert result.returncode == 0, result.stderr
+    assert 'left out: g/e: not finished: at step 200 of 300' in result.stderr
+    output = two_methods / 'results'
+    assert '| IQL | 20.0 ± 14.1 (2) | 30.0 (1) | 25.0 |' in (output / 'tables.md').read_text()
+    assert 'Left out: g/e' in (output / 'tables.md').read_text()
+    lines = rows_of(output / 'results.csv')
+    assert len(lines) == 7 + 7 * 4  # of each seed: one of pre-training, four evaluations
+    first = [line for line in lines if line['run'] == 'g/a' and line['seed'] == '1']
+    assert [line['step'] for line in first] == ['100', '100', '200', '300', '400']
+    assert [line['evaluation/episode.success'] for line in first] == ['', '0.0', '0.6', '0.6', '0.6']
+    assert [line['validation/flow_loss'] for line in first] == ['0.75', '', '', '', '']
+    scores = rows_of(output / 'scores.csv')
+    assert [float(row['final_three']) for row in scores] == pytest.approx([20, 60, 100, 90, 30, 10, 30])
+
+    # Read back, the curves are the same; and collected again, the results are no run.
+    def key(curve):
+        return curve.run, curve.seed
+
+    again, fresh = (
+        sorted(curves, key=key)
+        for curves in (results.read_results(output / 'results.csv'), collect(two_methods).curves)
+    )
+    for one, other in zip(again, fresh, strict=True):
+        assert (one.method, one.env_name, one.settings) == (other.method, other.env_name, other.settings)
+        np.testing.assert_array_equal(one.steps, other.steps)
+        np.testing.assert_array_equal(one.values, other.values)
+
+
+def test_bad_input_ends_with_one_line_and_exit_code_2(two_methods, tmp_path):
+    (tmp_path / 'empty').mkdir()
+    for arguments, message in (
+        ([tmp_path / 'empty'], 'no run in'),
+        ([], 'missing argument: <save_dir>'),
+        ([two_methods, 'more'], "unexpected argument 'more'"),
+        ([two_methods, '--metrics=speed'], '--metrics=speed matches no metric: there are evaluation/episode.length'),
+    ):
+        result = command(*arguments)
+        assert result.returncode == 2
+        assert result.stderr.startswith('error: '), result.stderr
+        assert result.stderr.count('\n') == 1
+        assert message in result.stderr
+
+
+def test_a_csv_of_something_else_is_refused(tmp_path):
+    path = tmp_path / 'x.csv'
+    path.write_text('a,b\n1,2\n')
+    with pytest.raises(UserError, match='has no column'):
+        results.load_curves(path)
+    with pytest.raises(UserError, match='cannot read'):
+        results.read_results(tmp_path / 'absent.csv')

@@ -1,0 +1,212 @@
+"""The sweep files: valid for wandb, every combination a run that main.py accepts, the published values all there; and
+how a file expands.
+
+`wandb_sweep_schema.json` is schema.json of wandb's package sweeps 0.2.0 (copyright Weights & Biases, MIT licence).
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+from absl import flags
+
+import agents
+import envs
+from sweeps import run as sweep_run
+from sweeps.sweep_files import LONGEST_NAME, expand, parse_flags, read_sweep, run_name
+from utils.errors import UserError
+from utils.flags import define_flags, resolve_settings
+from utils.presets import published_table
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = sorted((ROOT / 'sweeps').glob('*.yaml'))
+SCHEMA = json.loads((Path(__file__).parent / 'wandb_sweep_schema.json').read_text())
+SUITES = {True: 'ogbench', False: 'exorl'}  # by whether the task's name has 'singletask'
+
+
+def every_file(test):
+    return pytest.mark.parametrize('path', FILES, ids=lambda path: path.stem)(test)
+
+
+# ------------------------------------------------------------------------------------------------------- the files
+
+
+@every_file
+def test_wandb_takes_the_file(path):
+    content = yaml.safe_load(path.read_text())
+    jsonschema.Draft7Validator(SCHEMA).validate(content)
+    assert content['name'] == path.stem
+    assert content['command'][-2:] == ['${args}', '--wandb_mode=online']
+    assert content['command'][2:4] == ['-m', 'sweeps.run']
+
+
+def test_the_schema_refuses_what_wandb_would():
+    content = yaml.safe_load(FILES[0].read_text())
+    for damage in ({'method': 'gird'}, {'parameters': {'seed': {'valeus': [1]}}}, {'parameters': {}}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.Draft7Validator(SCHEMA).validate(content | damage)
+
+
+@every_file
+def test_every_run_is_one_that_main_accepts(path):
+    """Each flag exists, with a value that the run's agent and task take: each value of the grid once."""
+    runs = expand(path)
+    assert len({run.label for run in runs}) == len(runs)
+    seen = set()
+    for run in runs:
+        new = {(run.flags['agent'], key, value) for key, value in run.flags.items() if key != 'run_name'} - seen
+        if not new:
+            continue
+        seen |= new
+        values = flags.FlagValues()
+        argv = run.command()[1:]
+        define_flags(values, argv)
+        values(argv)
+        config = resolve_settings(values)
+        assert str(config.run_dir) == str(run.directory)
+        assert all(config.agent[key.removeprefix('agent.')] == value for key, value in run.flags.items() if '.' in key)
+
+
+def test_the_metric_is_one_that_runs_log():
+    for path in FILES:
+        assert read_sweep(path)['metric'] in (
+            {'name': f'evaluation/episode.{name}', 'goal': 'maximize'} for name in ('success', 'return')
+        )
+
+
+@pytest.mark.parametrize('suite', SUITES.values())
+@pytest.mark.parametrize('agent', agents.available())
+def test_a_tuning_grid_has_every_published_value_of_its_suite(agent, suite):
+    parameters = read_sweep(ROOT / 'sweeps' / f'{agent}_{suite}.yaml')['parameters']
+    domains = {envs.task_spec(task).domain for task in parameters['env_name']['values']}
+    assert len(domains) == len(parameters['env_name']['values']) == 4
+    for name, parameter in parameters.items():
+        if name.startswith('agent.'):
+            published = {
+                row[name.removeprefix('agent.')]
+                for (row_agent, task), row in published_table().items()
+                if row_agent == agent and SUITES['singletask' in task] == suite and not task.startswith('visual-')
+                and name.removeprefix('agent.') in row
+            }  # fmt: skip
+            assert published and published <= set(parameter['values']), name
+
+
+def test_the_reproduction_is_every_agent_on_every_task():
+    runs = [run for name in ('', '_visual') for run in expand(ROOT / 'sweeps' / f'reproduction{name}.yaml')]
+    pairs = {(Path(run.flags['agent']).stem, run.flags['env_name']): run.flags['num_seeds'] for run in runs}
+    visual = {task for task in envs.TASKS if task.startswith('visual-')}
+    assert set(pairs) == {
+        (agent, task) for agent in agents.available() for task in envs.TASKS
+        if not (agent == 'mbpo_rebrac' and task in visual)  # which is for states only
+    }  # fmt: skip
+    assert len(runs) == len(pairs) == 36 * 9 + 4 * 8
+    assert all(count == (4 if task in visual else 8) for (_, task), count in pairs.items())
+    assert {run.flags['run_group'] for run in runs} == {'reproduction'}
+
+
+# ------------------------------------------------------------------------------------------------------- expanding
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """sweep(**top-level keys) → a file with two tasks and two values of α."""
+
+    def write(**keys):
+        content = {
+            'name': 'tiny',
+            'method': 'grid',
+            'parameters': {
+                'env_name': {'values': ['walker_run', 'walker_flip']},
+                'agent.alpha': {'values': [1, 30.0]},
+                'seed': {'value': 2},
+            },
+        }
+        path = tmp_path / 'file.yaml'
+        path.write_text(yaml.safe_dump(content | keys, sort_keys=False))
+        return path
+
+    return write
+
+
+def test_a_grid_expands_in_order_with_stable_names(sweep):
+    runs = expand(sweep())
+    assert [run.label for run in runs] == [
+        'tiny/walker_run_infom_alpha=1_sd2',
+        'tiny/walker_run_infom_alpha=30_sd2',
+        'tiny/walker_flip_infom_alpha=1_sd2',
+        'tiny/walker_flip_infom_alpha=30_sd2',
+    ]
+    assert runs[0].command('python')[:5] == [
+        'python', 'main.py', '--env_name=walker_run', '--agent.alpha=1', '--seed=2'
+    ]  # fmt: skip
+
+
+def test_overrides_replace_and_merge(sweep):
+    runs = expand(sweep(), parse_flags(['--agent.alpha=3', 'preset=small', 'save_dir=elsewhere', 'num_seeds=4']))
+    assert [str(run.directory) for run in runs] == [
+        'elsewhere/tiny/walker_run_infom_alpha=3,preset=small_sd2-5',
+        'elsewhere/tiny/walker_flip_infom_alpha=3,preset=small_sd2-5',
+    ]
+
+
+def test_the_name_is_in_the_settings_alone():
+    flags_of_run = {'env_name': 'walker_run', 'agent': 'agents/iql.py', 'agent.alpha': 3.0, 'preset': 'small'}
+    name = run_name(flags_of_run)
+    assert name == 'walker_run_iql_alpha=3,preset=small_sd0'
+    assert run_name(dict(reversed(flags_of_run.items())) | {'save_dir': 'x', 'wandb_mode': 'online'}) == name
+    assert run_name(flags_of_run | {'agent.alpha': 3}) == name
+    assert run_name(flags_of_run | {'agent.alpha': 4}) != name
+    long = [run_name(flags_of_run | {f'agent.{"x" * 200}': value}) for value in (1, 2)]
+    assert len(long[0]) == len(long[1]) == LONGEST_NAME
+    assert long[0] != long[1]
+
+
+def test_wandb_runs_have_the_names_of_the_launcher(sweep):
+    run = expand(sweep())[1]
+    # As wandb's agent hands them on: sorted, numbers as its server gives them back.
+    line = sweep_run.command(['--agent.alpha=30', '--env_name=walker_run', '--seed=2', '--wandb_mode=online'])
+    assert line[1] == 'main.py'
+    assert line[-1] == f'--run_name={run.flags["run_name"]}'
+
+
+@pytest.mark.parametrize(
+    ('keys', 'message'),
+    [
+        ({'parameters': {'agent.alhpa': {'value': 1}}}, '--agent.alhpa is no flag of main.py'),
+        ({'parameters': {'sede': {'value': 1}}}, '--sede is no flag of main.py'),
+        ({'parameters': {'agent': {'value': 'agents/imfom.py'}}}, 'did you mean infom'),
+        ({'parameters': {'seed': {'min': 0, 'max': 1}}}, 'parameter seed is'),
+        ({'parameters': {'seed': {'values': []}}}, 'has no list of values'),
+        ({'parameters': None}, 'is no sweep file'),
+        ({'method': 'bayes'}, "method 'bayes': only grids"),
+    ],
+)
+def test_a_file_that_is_no_grid_of_flags_is_refused(sweep, keys, message):
+    with pytest.raises(UserError) as error:
+        expand(sweep(**keys))
+    assert message in str(error.value)
+
+
+def test_a_file_that_cannot_be_read_is_refused(tmp_path):
+    with pytest.raises(UserError, match='cannot read'):
+        read_sweep(tmp_path / 'absent.yaml')
+    (tmp_path / 'broken.yaml').write_text('a: [')
+    with pytest.raises(UserError, match='cannot read'):
+        read_sweep(tmp_path / 'broken.yaml')
+    with pytest.raises(UserError, match="'seed' is no setting"):
+        parse_flags(['seed'])
+
+
+def test_printing_needs_no_simulator_and_no_data():
+    result = subprocess.run(
+        [sys.executable, '-m', 'sweeps.launch', 'sweeps/infom_gpi.yaml', '--backend=print', '--set=preset=small'],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert len(lines) == 4
+    assert all(line.startswith('python main.py --') and '--preset=small' in line for line in lines)

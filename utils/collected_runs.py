@@ -1,0 +1,320 @@
+"""The evaluations of many runs, collected for tables and figures: which runs count, which are the same method, and what
+has to be said of them.
+
+A run counts when it is finished and intact; all others are named with a reason. What the command line of a run chose
+(its explicit settings) makes the method; what the presets chose per task does not. Runs of one method on one task that
+differ in any other setting, or in their data, are told apart by it: two different things are never averaged.
+"""
+
+import dataclasses
+import hashlib
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import envs
+from utils.errors import UserError
+from utils.run_status import FINISHED, read_json, run_status
+from utils.runs import read_metrics, score_summary
+
+COMMAND_LINE = 'command line'
+AGENT_TITLES = {
+    'infom': 'InFOM',
+    'iql': 'IQL',
+    'rebrac': 'ReBRAC',
+    'dino_rebrac': 'DINO+ReBRAC',
+    'mbpo_rebrac': 'MBPO+ReBRAC',
+    'crl_infonce': 'CRL+IS',
+    'td_infonce': 'TD InfoNCE+IS',
+    'fb_iql': 'FB+IQL',
+    'hilp_iql': 'HILP+IQL',
+}
+# The metric that a suite is scored by, its unit, and the factor from the metric to the unit.
+SUITE_SCORES = {
+    'ogbench': ('evaluation/episode.success', 'success %', 100.0),
+    'exorl': ('evaluation/episode.return', 'return', 1.0),
+}
+# What config.json says that is no setting of the method: where the run is, which seeds, how it is watched.
+NOT_SETTINGS = frozenset(
+    {
+        'agent', 'agent_name', 'env_name', 'sources', 'start', 'data', 'environment', 'seed', 'num_seeds',
+        'save_dir', 'run_group', 'run_name', 'restore_path', 'dataset_dir', 'dataset_location', 'wandb_mode',
+        'eval_workers', 'video_episodes', 'video_frame_skip', 'nan_policy', 'compilation_cache', 'chunk_size',
+        'log_interval', 'save_interval',
+    }
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """The evaluations of one seed of one run.
+
+    Attributes:
+        run: the run directory, relative to the directory that was collected.
+        method: what rows and legends call it: the agent and the settings that set it apart.
+        settings: the values of every setting that differs anywhere in the collection.
+        steps: fine-tuning updates at each evaluation, from 0.
+        values: the score at each evaluation: success in per cent (OGBench), return (ExORL).
+    """
+
+    run: str
+    method: str
+    agent: str
+    env_name: str
+    seed: int
+    settings: dict[str, Any]
+    steps: np.ndarray
+    values: np.ndarray
+
+    @property
+    def domain(self) -> str:
+        return domain_of(self.env_name)
+
+    @property
+    def unit(self) -> str:
+        return SUITE_SCORES[envs.task_spec(self.env_name).suite][1]
+
+    @property
+    def scores(self) -> dict[str, float | None]:
+        """`runs.score_summary` of the values, and `drop` = best − final_three."""
+        scores = score_summary(self.values.tolist())
+        return scores | {'drop': scores['best'] - scores['final_three']}
+
+    @property
+    def score(self) -> float:
+        """Mean of the last three evaluations."""
+        return self.scores['final_three']
+
+
+@dataclasses.dataclass
+class CollectedRun:
+    """One finished run: its directory, its config, and the method that it turned out to be."""
+
+    name: str
+    directory: Path
+    config: dict[str, Any]
+    rows: dict[int, list[dict]]  # the evaluation lines of each seed
+    explicit: dict[str, Any]  # settings that its command line chose
+    resolved: dict[str, Any]  # all settings, and a digest of the data
+    last: dict[int, dict[str, Any]]  # last value of every metric, by seed
+    apart: dict[str, Any] = dataclasses.field(default_factory=dict)  # what the method's name tells
+
+    @property
+    def agent(self) -> str:
+        return self.config['agent_name']
+
+    @property
+    def env_name(self) -> str:
+        return self.config['env_name']
+
+    @property
+    def method(self) -> str:
+        return method_title(self.agent, self.apart)
+
+
+@dataclasses.dataclass
+class Collection:
+    """`curves` is what counts; `left_out` are (run, reason); `notes` is what a reader of the figures has to know."""
+
+    runs: list[CollectedRun]
+    curves: list[Curve]
+    left_out: list[tuple[str, str]]
+    notes: list[str]
+
+
+def domain_of(env_name: str) -> str:
+    """The domain that a task is reported under: the four image tasks are one, as in the paper."""
+    task = envs.task_spec(env_name)
+    return 'visual' if task.visual else task.domain
+
+
+def method_title(agent: str, settings: dict[str, Any]) -> str:
+    """'InFOM alpha=30, expectile=0.95'."""
+    parts = ', '.join(f'{key.removeprefix("agent.")}={value}' for key, value in sorted(settings.items()))
+    return f'{AGENT_TITLES.get(agent, agent)} {parts}'.strip()
+
+
+def collect(directory: str | os.PathLike) -> Collection:
+    """Everything under a directory that is a run.
+
+    Raises:
+        UserError: no such directory, no run in it, or none that counts.
+    """
+    directory = Path(directory).expanduser()
+    if not directory.is_dir():
+        raise UserError(f'{directory} is not a directory: expected the --save_dir of some runs')
+    found = sorted(find_runs(directory))
+    if not found:
+        raise UserError(
+            f'no run in {directory}: expected directories with config.json and metrics.jsonl, as main.py writes'
+        )
+    collected, left_out = [], []
+    for path in found:
+        name = str(path.relative_to(directory)) if path != directory else path.resolve().name
+        try:
+            collected.append(_read_run(name, path))
+        except UserError as error:
+            left_out.append((name, str(error)))
+    _tell_methods_apart(collected)
+    varied = sorted({key for run in collected for key in run.apart})
+    curves = [_curve(run, seed, varied) for run in collected for seed in run.rows]
+    curves, duplicates = _without_duplicates(curves)
+    left_out += duplicates
+    if not curves:
+        reasons = '; '.join(f'{name}: {reason}' for name, reason in left_out)
+        raise UserError(f'no finished run with evaluations in {directory}: {reasons}')
+    return Collection(collected, curves, left_out, _notes(collected, curves))
+
+
+def find_runs(directory: Path) -> Iterator[Path]:
+    """The run directories at or under a directory, hidden ones left out."""
+    for parent, folders, files in os.walk(directory):
+        if 'config.json' in files or 'metrics.jsonl' in files:
+            folders.clear()
+            yield Path(parent)
+        folders[:] = [folder for folder in folders if not folder.startswith('.')]
+
+
+# --- Reading ---
+
+
+def _read_run(name: str, directory: Path) -> CollectedRun:
+    """Raises `UserError` with the reason why the run does not count."""
+    status = run_status(directory)
+    if status != FINISHED:
+        raise UserError(status)
+    config = read_json(directory / 'config.json')
+    try:
+        metric = SUITE_SCORES[envs.task_spec(config['env_name']).suite][0]
+        seeds = range(config['seed'], config['seed'] + config['num_seeds'])
+        explicit, resolved = _settings(config)
+        rows: dict[int, list[dict]] = {seed: [] for seed in seeds}
+        last: dict[int, dict] = {seed: {} for seed in seeds}
+        for row in read_metrics(directory / 'metrics.jsonl'):
+            last[row['seed']].update(row)
+            if row['phase'] == 'finetuning' and row.get(metric) is not None:
+                rows[row['seed']].append(row)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f'damaged: config.json or metrics.jsonl lacks or mistakes {error}') from error
+    empty = [seed for seed in seeds if not rows[seed]]
+    if empty:
+        raise UserError(f'no {metric} of seed {empty[0]}: it never evaluated a fine-tuned policy')
+    for seed in seeds:
+        steps = [row['step'] for row in rows[seed]]
+        if sorted(set(steps)) != steps:
+            raise UserError(f'damaged: the evaluations of seed {seed} are not in the order of steps, each once')
+        if steps != [row['step'] for row in rows[seeds[0]]]:
+            raise UserError(f'damaged: the evaluations of seed {seed} are not at the steps of seed {seeds[0]}')
+    return CollectedRun(name, directory, config, rows, explicit, resolved, last)
+
+
+def _settings(config: dict) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(explicit, resolved) settings by flag name. Lists become tuples, so that they can be compared in sets."""
+    values = {key: value for key, value in config.items() if key not in NOT_SETTINGS}
+    values |= {f'agent.{key}': value for key, value in config['agent'].items() if key != 'agent_name'}
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    sources = config.get('sources', {})
+    explicit = {key: value for key, value in values.items() if sources.get(key) == COMMAND_LINE}
+    fingerprints = sorted(f'{key} {source["fingerprint"]}' for key, source in config.get('data', {}).items())
+    return explicit, values | {'data': hashlib.sha256('\n'.join(fingerprints).encode()).hexdigest()[:8]}
+
+
+def _tell_methods_apart(collected: list[CollectedRun]) -> None:
+    """Fills in `apart`: explicit settings that not all runs share, and whatever else differs within a method and
+    task."""
+    shared = set.intersection(*(set(run.explicit.items()) for run in collected)) if collected else set()
+    groups: dict[tuple, list[CollectedRun]] = defaultdict(list)
+    for run in collected:
+        run.apart = dict(set(run.explicit.items()) - shared)
+        groups[run.agent, run.env_name, frozenset(run.explicit.items())].append(run)
+    for group in groups.values():
+        keys = {key for run in group for key in run.resolved}
+        differing = {key for key in keys if len({run.resolved.get(key) for run in group}) > 1}
+        for run in group:
+            run.apart |= {key: run.resolved.get(key) for key in differing}
+
+
+def _curve(run: CollectedRun, seed: int, varied: Iterable[str]) -> Curve:
+    metric, _, factor = SUITE_SCORES[envs.task_spec(run.env_name).suite]
+    rows = run.rows[seed]
+    return Curve(
+        run=run.name,
+        method=run.method,
+        agent=run.agent,
+        env_name=run.env_name,
+        seed=seed,
+        settings={key: run.resolved[key] for key in varied if key in run.resolved},
+        steps=np.array([row['step'] - rows[0]['step'] for row in rows]),
+        values=factor * np.array([row[metric] for row in rows], np.float64),
+    )
+
+
+def _without_duplicates(curves: list[Curve]) -> tuple[list[Curve], list[tuple[str, str]]]:
+    """Leaves out every seed of a method that several runs hold: which of them is meant is not ours to guess."""
+    holders: dict[tuple, list[Curve]] = defaultdict(list)
+    for curve in curves:
+        holders[curve.method, curve.env_name, curve.seed].append(curve)
+    left_out = []
+    for (method, env_name, seed), same in holders.items():
+        for curve in same if len(same) > 1 else []:
+            others = ', '.join(other.run for other in same if other is not curve)
+            left_out.append(
+                (curve.run, f'seed {seed} of {method} on {env_name} is in {others}, too: move all but one away')
+            )
+    return [same[0] for same in holders.values() if len(same) == 1], left_out
+
+
+# --- What a reader has to know ---
+
+
+def _notes(collected: list[CollectedRun], curves: list[Curve]) -> list[str]:
+    notes = []
+    shared = set.intersection(*(set(run.explicit.items()) for run in collected))
+    if shared:
+        notes.append(f'All runs: {", ".join(f"{key}={value}" for key, value in sorted(shared, key=str))}.')
+    notes += _version_notes(collected)
+    short = sorted({curve.run for curve in curves if len(curve.values) < 3})
+    if short:
+        notes.append(f'Fewer than three evaluations, all of which make the score: {", ".join(short)}.')
+    seeds: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
+    for curve in curves:
+        seeds[curve.method][curve.env_name].add(curve.seed)
+    most = {
+        env: max(len(tasks[env]) for tasks in seeds.values() if env in tasks)
+        for tasks in seeds.values()
+        for env in tasks
+    }
+    for method, tasks in sorted(seeds.items()):
+        fewer = [f'{len(tasks[env])} of {most[env]} on {env}' for env in sorted(tasks) if len(tasks[env]) < most[env]]
+        if fewer:
+            notes.append(f'{method} has fewer seeds than others: {", ".join(fewer)}.')
+    return notes
+
+
+def _version_notes(collected: list[CollectedRun]) -> list[str]:
+    """One line for each method whose runs are of several versions of the code, of its packages or of the machine."""
+    notes = []
+    methods: dict[str, list[CollectedRun]] = defaultdict(list)
+    for run in collected:
+        methods[run.method].append(run)
+    for method, runs in sorted(methods.items()):
+        versions: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+        for run in runs:
+            environment = run.config.get('environment', {})
+            named = {
+                key: environment.get(key) for key in ('git_commit', 'git_changed', 'python', 'backend', 'device_kind')
+            }
+            for key, value in {**named, **environment.get('packages', {})}.items():
+                versions[key][str(value)[:12]].append(run.name)
+        mixed = [
+            f'{key} ' + ' / '.join(f'{value} ({", ".join(names)})' for value, names in sorted(values.items()))
+            for key, values in sorted(versions.items())
+            if len(values) > 1
+        ]
+        if mixed:
+            notes.append(f'{method}: its runs are of mixed versions: {"; ".join(mixed)}.')
+    return notes

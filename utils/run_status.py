@@ -1,0 +1,51 @@
+"""Whether a run directory holds a finished run, and why not. Reads JSON files only; a run that is going on is left
+alone."""
+
+import json
+import os
+from pathlib import Path
+
+from utils.errors import UserError
+from utils.runs import read_metrics
+
+FINISHED = 'finished'
+
+
+def run_status(run_directory: str | os.PathLike) -> str:
+    """`FINISHED`, or what keeps the run from being so, in words: never started, stopped at a step, damaged.
+
+    Finished: `summary.json`, which a run writes at its very end, tells of every step that `config.json` asks for and of
+    every step that `metrics.jsonl` has (a run that was made longer and then stopped still has its old summary).
+    """
+    run_directory = Path(run_directory)
+    try:
+        config = read_json(run_directory / 'config.json')
+        if not (run_directory / 'metrics.jsonl').exists():
+            return 'stopped before the first line of metrics'
+        rows = read_metrics(run_directory / 'metrics.jsonl')
+        reached = max((row['step'] for row in rows), default=0)
+        wanted = config['pretraining_steps'] + config['finetuning_steps']
+        if not (run_directory / 'summary.json').exists():
+            return f'not finished: at step {reached} of {wanted}'
+        summarised = max(read_json(run_directory / 'summary.json')['steps'].values(), default=0)
+    except UserError as error:
+        return str(error)
+    except (KeyError, TypeError, AttributeError) as error:
+        return f'damaged: config.json, metrics.jsonl or summary.json is not what a run writes ({error!r})'
+    if summarised < max(reached, wanted):
+        return f'not finished: at step {reached} of {max(reached, wanted)}'
+    return FINISHED
+
+
+def read_json(path: str | os.PathLike) -> dict:
+    """The object in a JSON file. Raises `UserError`: missing, or not a JSON object."""
+    path = Path(path)
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f'{path.name} is missing') from error
+    except (OSError, ValueError) as error:
+        raise UserError(f'{path.name} is damaged: {error}') from error
+    if not isinstance(content, dict):
+        raise UserError(f'{path.name} is damaged: expected a JSON object')
+    return content
