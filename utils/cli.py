@@ -27,13 +27,15 @@ FLAG_ERRORS = (flags.Error, ValueError, OSError)
 flags.disclaim_key_flags()  # A flag defined through this module belongs to the command that asked for it.
 
 
-def run(main) -> None:
-    """Runs `main(argv)` under absl and exits; `argv` holds the program's name alone.
+def run(main, argument: str | None = None) -> None:
+    """Runs `main(argv)` under absl and exits; `argv` holds the program's name, and behind it the one argument that is
+    no flag where the command takes one: `argument` says what it is ('run directory').
 
     Exit codes: 0 when main returns None (else what it returns), 2 for a `UserError`, a bad flag or a path that cannot
     be used, 1 for diverged training or a bug, 130 when interrupted.
     """
-    app.run(lambda argv: _guarded(main, argv), flags_parser=_parse_flags)
+    flags.FLAGS.set_gnu_getopt(argument is not None)  # Flags may then stand behind it.
+    app.run(lambda argv: _guarded(main, argv, argument), flags_parser=_parse_flags)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
@@ -45,9 +47,12 @@ def _parse_flags(argv: list[str]) -> list[str]:
         _fail(f'{error} (--help lists the flags)', USER_ERROR_CODE)
 
 
-def _guarded(main, argv: list[str]):
-    if argv[1:]:
-        _fail(f'unexpected argument {argv[1]!r}: flags are written --name=value', USER_ERROR_CODE)
+def _guarded(main, argv: list[str], argument: str | None):
+    expected = 1 if argument is None else 2
+    if argv[expected:]:
+        _fail(f'unexpected argument {argv[expected]!r}: flags are written --name=value', USER_ERROR_CODE)
+    if len(argv) < expected:
+        _fail(f'expected a {argument} (--help lists the flags)', USER_ERROR_CODE)
     try:
         return main(argv)
     except UserError as error:
