@@ -30,8 +30,8 @@ CONFIG_KEYS = (
 class Look:
     """What the parts of the report work from: one seed of one run, its newest agent, and its held-out data.
 
-    `raw` is what `envs.data.load_raw` gave of the held-out rows, `dataset` the same rows as the agent sees them; `phase`
-    says which of the run's two held-out files they come from. `task` is the task's `envs.TaskSpec`.
+    `raw` is what `envs.data.load_raw` gave of the held-out rows, `dataset` the same rows as the agent sees them;
+    `phase` says which of the run's two held-out files they come from. `task` is the task's `envs.TaskSpec`.
     """
 
     directory: Path

@@ -37,7 +37,8 @@ def draw_curves(path, rows, columns=4):
     for row in rows:
         for name, value in row.items():
             kind, _, metric = name.partition('/')
-            if kind not in ('evaluation', 'training', 'validation') or not isinstance(value, (int, float)):
+            known = kind in ('evaluation', 'training', 'validation') and isinstance(value, (int, float))
+            if not known or (kind == 'evaluation' and metric.endswith('_std')):
                 continue
             panel = panels.setdefault(metric if kind != 'evaluation' else name, {})
             panel.setdefault(kind, []).append((row['step'], value))
@@ -69,15 +70,18 @@ def draw_curves(path, rows, columns=4):
     return True
 
 
-def draw_futures(path, panels, state, truth, samples, names):
+def draw_futures(path, panels, state, trajectory, truth, samples, names):
     """One state's sampled futures on each of `panels` (`envs.state_views`).
 
-    state (d,), truth (T, d): the states that followed it; samples (K, N, d): futures under K intentions called `names`;
-    all in the simulator's units.
+    state (d,); trajectory (T, d): the states that followed it; truth (N, d): those of them at geometric times; samples
+    (K, N, d): futures under K intentions called `names`. All in the simulator's units.
     """
     with figure_file(path, 1, len(panels), 3.9, 3.6) as (figure, axes):
         for axis, panel in zip(axes.flat, panels):
-            axis.plot(panel.x.of(truth), panel.y.of(truth), color=REALISED, linewidth=1, alpha=0.7, label='what came')
+            axis.plot(panel.x.of(trajectory), panel.y.of(trajectory), color=REALISED, linewidth=0.7, alpha=0.4)
+            axis.scatter(
+                panel.x.of(truth), panel.y.of(truth), s=20, marker='x', color=REALISED, lw=1, label='what came'
+            )
             for color, name, futures in zip(COLORS, names, samples):
                 axis.scatter(panel.x.of(futures), panel.y.of(futures), s=9, color=color, alpha=0.6, label=name, lw=0)
             axis.plot(panel.x.of(state), panel.y.of(state), '*', color='black', markersize=13, label='the state')
@@ -107,6 +111,7 @@ def draw_intentions(path, points, explained, behaviour, episodes):
     """Intentions in the plane, points (B, 2), coloured by behaviour (`envs.state_views.Behaviour` of these rows) and by
     episode (B,); `explained` (2,): shares of the variance."""
     from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
 
     with figure_file(path, 1, 2, 5.6, 4.6, sharex=True, sharey=True) as (figure, axes):
         left, right = axes.flat
@@ -126,8 +131,9 @@ def draw_intentions(path, points, explained, behaviour, episodes):
             left.set_title(behaviour.title)
             left.legend(fontsize=8, markerscale=2)
         mapped = right.scatter(*points.T, c=episodes, s=8, cmap='cividis')
-        figure.colorbar(mapped, ax=right, label='episode')
+        figure.colorbar(mapped, ax=right, label='episode', ticks=MaxNLocator(integer=True))
         for axis in (left, right):
+            axis.xaxis.set_major_locator(MaxNLocator(5))
             axis.set(xlabel=f'first component ({explained[0]:.0%})', ylabel=f'second ({explained[1]:.0%})')
 
 

@@ -109,8 +109,9 @@ def futures(look, report):
         f'Each state below is a held-out one; star: where it is. Points: {NUM_FUTURES} futures for each of '
         f'{len(names)} intentions, drawn from the flow at the action that was taken there, discounted by γ = '
         f'{discount:g} (a mean horizon of {1 / (1 - discount):.0f} steps). One intention was inferred from the '
-        f'transition itself, the others come from the prior, as in the targets of the critic. Grey: what came in '
-        f'the next {round(3 / (1 - discount))} steps of the trajectory. Where z says something, colours lie apart.'
+        'transition itself, the others come from the prior. All start from the same noise: points of different '
+        'colours that lie on one another mean that z makes no difference. Grey: what came, in the next '
+        f'{round(3 / (1 - discount))} steps of the trajectory (line) and at times discounted in the same way (crosses).'
     )
     raw = look.normalizer.inverse(samples)
     observations, ends = look.raw['observations'], np.asarray(look.dataset.ends)
@@ -125,11 +126,13 @@ def futures(look, report):
             for n in range(NUM_FUTURES)
         ],
     )
+    came = occupancies.geometric_futures(_key(4), jnp.asarray(rows), jnp.asarray(ends[rows]), discount, NUM_FUTURES)
     pictures = Pictures(look, report)
     for b, row in enumerate(rows):
-        truth = observations[row : min(row + round(3 / (1 - discount)), ends[row]) + 1]
+        trajectory = observations[row : min(row + round(3 / (1 - discount)), ends[row]) + 1]
+        truth = observations[np.asarray(came[b])]
         path = look.figure(f'futures_{b}.png')
-        inspect_figures.draw_futures(path, panels, observations[row], truth, raw[:, b], names)
+        inspect_figures.draw_futures(path, panels, observations[row], trajectory, truth, raw[:, b], names)
         report.figure(path, f'Futures of row {row}: step {row - int(look.dataset.starts[row])} of its episode.')
         pictures.add(row, samples[:, b], names, look.figure(f'futures_{b}_pictures.png'))
     pictures.close()
@@ -237,8 +240,8 @@ def intentions(look, report):
     )
     if np.isfinite(kl).all():
         report.text(
-            f'KL from the prior, summed over the {means.shape[1]} dimensions: {kl.mean():.3g} nats on average. z cannot '
-            f'tell more than that about the transition' + (': it tells nothing.' if kl.mean() < 0.01 else '.')
+            f'KL from the prior, summed over the {means.shape[1]} dimensions: {kl.mean():.3g} nats on average. z '
+            'cannot tell more than that about the transition' + (': it tells nothing.' if kl.mean() < 0.01 else '.')
         )
     if behaviour is not None and behaviour.names is not None and len(set(episodes)) > 1:
         accuracy, chance = neighbour_accuracy(means, behaviour.values, episodes)
@@ -285,11 +288,7 @@ def occupancy(look, report):
     steps = [int(path.name) for path in look.checkpoints]
     reports = []
     for path in look.checkpoints:
-        agent, normalizer, _ = (
-            (look.agent, look.normalizer, None) if path == look.checkpoints[-1] else look.load_agent(path)
-        )
-        if normalizer.to_dict() != look.normalizer.to_dict():
-            report.text(f'Mind: {path.name} was trained with another normaliser; its distances are in other units.')
+        agent = look.agent if path == look.checkpoints[-1] else look.load_agent(path)[0]
         reports.append(occupancies.occupancy_report(agent, look.dataset, _key(2)))
     report.text(
         'At held-out states: how far samples of the flow are from the states that really came, at geometrically '
@@ -352,7 +351,7 @@ def values(look, report):
         label = 'Q̂, mean over intentions (band: 10 to 90 %)'
         drawn[label] = estimates.mean(axis=0)
         bands[label] = tuple(np.quantile(estimates, (0.1, 0.9), axis=0))
-    if len(drawn) - len([name for name in drawn if name.startswith('realised')]) == 0:
+    if all(name.startswith('realised') for name in drawn):
         report.text(
             f'Left out: {look.config["agent_name"]} has no critic that gives one number for a state and action.'
         )
