@@ -29,7 +29,9 @@ def test_sliced_wasserstein_by_hand():
     assert float(occupancy.sliced_wasserstein(jax.random.key(0), x, y)) == pytest.approx(2.0)
     # A shift by v: the mean of |u·v| over directions u of the plane is 2/π·‖v‖.
     planes = jnp.zeros((4, 2)), jnp.tile(jnp.array([3.0, 4.0]), (4, 1))
-    assert float(occupancy.sliced_wasserstein(jax.random.key(0), *planes, 20_000)) == pytest.approx(10 / np.pi, rel=0.02)
+    assert float(occupancy.sliced_wasserstein(jax.random.key(0), *planes, 20_000)) == pytest.approx(
+        10 / np.pi, rel=0.02
+    )
 
 
 def test_geometric_futures_have_geometric_offsets():

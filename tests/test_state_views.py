@@ -76,7 +76,7 @@ def test_coordinates_of_exorl(domain):
         site = physics.named.data.site_xpos
         (name,) = [name for name in site.axes.row.names if name.endswith('pinchsite')]
         expected = dict(zip(('hand x (m)', 'hand y (m)', 'hand z (m)'), site[name], strict=True))
-    assert found == pytest.approx({label: float(value) for label, value in expected.items()}, abs=1e-5)
+    assert found == pytest.approx({label: np.asarray(value).item() for label, value in expected.items()}, abs=1e-5)
 
 
 def test_images_have_no_coordinates():

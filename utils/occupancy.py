@@ -19,6 +19,7 @@ from utils.goals import Goals, sample_goal_rows
 
 PREDICTORS = ('flow, z inferred', 'flow, z from the prior', 'marginal', 'copy of the state')
 NUM_PROJECTIONS = 64  # Directions of the sliced distance.
+BLOCK = 128  # Points whose distances to all others are in memory at once.
 
 
 def models_occupancy(agent) -> bool:
@@ -30,8 +31,9 @@ def models_occupancy(agent) -> bool:
 
 
 def _mean_distance(x, y):
-    """E‖x − y‖ over all pairs of (N, S) and (M, S), one row of x at a time."""
-    return jax.lax.map(lambda row: jnp.linalg.norm(row - y, axis=-1).mean(), x).mean()
+    """E‖x − y‖ over all pairs of (N, S) and (M, S)."""
+    # Differences, not inner products, which would round small distances away; blocks keep (N, M, S) out of memory.
+    return jax.lax.map(lambda row: jnp.linalg.norm(row - y, axis=-1).mean(), x, batch_size=BLOCK).mean()
 
 
 def energy_distance(x, y):
