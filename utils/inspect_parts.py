@@ -14,6 +14,7 @@ from utils import values as agent_values
 
 RANDOM_SEED = 0  # Of everything that is drawn for a report: two reports of one run are the same.
 NUM_PRIOR_INTENTIONS, NUM_FUTURES, NUM_PICTURES = 3, 64, 6
+NUM_SCORED_STATES, NUM_SCORED_FUTURES = 64, 128
 NUM_EMBEDDED, NUM_NEIGHBOURS = 2000, 10
 NUM_VALUE_STEPS, NUM_VALUE_INTENTIONS = 250, 16
 MAX_VIDEO_BYTES = 64e6
@@ -289,7 +290,8 @@ def occupancy(look, report):
     reports = []
     for path in look.checkpoints:
         agent = look.agent if path == look.checkpoints[-1] else look.load_agent(path)[0]
-        reports.append(occupancies.occupancy_report(agent, look.dataset, _key(2)))
+        sizes = {'num_states': NUM_SCORED_STATES, 'num_samples': NUM_SCORED_FUTURES}
+        reports.append(occupancies.occupancy_report(agent, look.dataset, _key(2), **sizes))
     report.text(
         'At held-out states: how far samples of the flow are from the states that really came, at geometrically '
         'distributed times, in the same trajectory (normalised observations; lower is better; ± one standard error). '
