@@ -13,7 +13,7 @@ import pytest
 
 import envs
 from envs import data, play
-from tests import tiny_agents
+from tests import tiny, tiny_agents
 from utils import checkpoints, inspect, inspect_parts, runs, training
 from utils.datasets import Dataset, example_batch
 from utils.errors import UserError
@@ -99,6 +99,7 @@ def rows_of(path):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_infom_from_run_to_page(data_dir, tmp_path, small):
     run = make_run(tmp_path, data_dir, 'infom', data.PHASES)
     (run / 'videos' / 'step_20.mp4').write_bytes(b'a film')
@@ -190,3 +191,8 @@ def test_the_episode_with_the_most_varied_rewards():
     starts, ends = np.repeat([0, 3, 7], [3, 4, 3]), np.repeat([2, 6, 9], [3, 4, 3])
     rewards = np.array([0, 0, 9, 1, 0, 1, 0, 0, 0, -9.0])  # Of rows 2, 6 and 9 nobody learns anything.
     assert inspect_parts.most_varied_episode(rewards, starts, ends) == (3, 6)
+
+
+def test_shown_states_are_spread_over_the_first_halves():
+    raw = tiny.random_walks(num_episodes=3, num_transitions=20)  # Rows 0, 21 and 42 begin one.
+    np.testing.assert_array_equal(inspect_parts.chosen_rows(tiny.make_dataset(raw), 3), [5, 26, 47])

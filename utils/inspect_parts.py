@@ -142,7 +142,7 @@ def futures(look, report):
 def chosen_rows(dataset, count):
     """Rows spread evenly over the first halves of the held-out episodes."""
     rows = occupancies.early_rows(dataset)
-    return rows[np.linspace(0, len(rows) - 1, count + 2).round().astype(int)[1:-1]]
+    return rows[((np.arange(count) + 0.5) / count * len(rows)).astype(int)]
 
 
 def sample_under_intentions(agent, batch, key):
@@ -218,7 +218,7 @@ def intentions(look, report):
     pool = np.asarray(look.dataset.next_action_rows)
     rows = pool[np.linspace(0, len(pool) - 1, min(NUM_EMBEDDED, len(pool))).round().astype(int)]
     batch = datasets.gather_batch(look.dataset, jnp.asarray(rows), NEXT_ACTIONS)
-    _, means, kl = jax.device_get(jax.jit(occupancies.inferred_intentions)(look.agent, batch, _key(1)))
+    latents, means, kl = jax.device_get(jax.jit(occupancies.inferred_intentions)(look.agent, batch, _key(1)))
     points, explained = principal_components(means)
     ends = np.asarray(look.dataset.ends)
     episodes = np.unique(ends, return_inverse=True)[1][rows]
@@ -245,10 +245,10 @@ def intentions(look, report):
             'cannot tell more than that about the transition' + (': it tells nothing.' if kl.mean() < 0.01 else '.')
         )
     if behaviour is not None and behaviour.names is not None and len(set(episodes)) > 1:
-        accuracy, chance = neighbour_accuracy(means, behaviour.values, episodes)
+        accuracy, chance = neighbour_accuracy(latents, behaviour.values, episodes)
         report.text(
-            f'“{behaviour.title}”, guessed from the {NUM_NEIGHBOURS} nearest intentions of other episodes: '
-            f'{accuracy:.0%} right; always the most frequent label: {chance:.0%}.'
+            f'“{behaviour.title}”, guessed from the {NUM_NEIGHBOURS} nearest intentions of other episodes, drawn from '
+            f'q as the flow gets them: {accuracy:.0%} right; always the most frequent label: {chance:.0%}.'
         )
 
 
