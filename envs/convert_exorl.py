@@ -20,6 +20,7 @@ import numpy as np
 from absl import flags
 
 from envs import (
+    EXORL_PHYSICS_SIZES,
     EXORL_SIZES,
     EXORL_TASKS,
     commands,
@@ -117,11 +118,11 @@ def convert(
             }
             paths.append(path)
             if not commands.is_finished(path, settings, overwrite):
-                wanted[path] = (task, chosen, settings | {'versions': versions})
+                wanted[path] = (task, chosen, split == 'val', settings | {'versions': versions})
 
     labels = _label(domain, wanted.values(), workers)
-    for path, (task, chosen, metadata) in wanted.items():
-        _write_set(path, domain, chosen, labels.get(task), metadata)
+    for path, (task, chosen, with_physics, metadata) in wanted.items():
+        _write_set(path, domain, chosen, labels.get(task), with_physics, metadata)
         commands.say(f'wrote {path} ({len(chosen)} episodes, {path.stat().st_size / 1e6:.1f} MB)')
     return paths
 
@@ -177,7 +178,7 @@ def make_labeller(domain: str):
 def _label(domain: str, wanted, workers: int) -> dict[str, dict[Path, np.ndarray]]:
     """The rewards (T + 1,) of the rows of all episodes that labelled files need, by task and episode."""
     needed: dict[Path, list[str]] = {}
-    for task, chosen, _ in wanted:
+    for task, chosen, *_ in wanted:
         if task is not None:
             for path in chosen:
                 needed.setdefault(path, []).append(task)
@@ -194,12 +195,14 @@ def _label(domain: str, wanted, workers: int) -> dict[str, dict[Path, np.ndarray
     return labels
 
 
-def _write_set(target: Path, domain: str, episodes: list[Path], labels: dict | None, metadata: dict) -> None:
+def _write_set(
+    target: Path, domain: str, episodes: list[Path], labels: dict | None, with_physics: bool, metadata: dict
+) -> None:
     """Writes one set, wholly or not at all; episodes are read one by one."""
     rows = exorl_episodes.named_steps(episodes[0]) + 1
     total = rows * len(episodes)
     observation_size, action_size = EXORL_SIZES[domain]
-    bar = commands.progress_bar(target.name, 2 * len(episodes), 'reads')
+    bar = commands.progress_bar(target.name, (3 if with_physics else 2) * len(episodes), 'reads')
 
     def each(name):
         for path in episodes:
@@ -221,6 +224,9 @@ def _write_set(target: Path, domain: str, episodes: list[Path], labels: dict | N
             actions = map(at_the_row_they_are_taken_in, each('action'))
             episode_parts.write_array(archive, 'actions', (total, action_size), np.float32, actions)
             episode_parts.write_array(archive, 'terminals', (total,), bool, (terminals for _ in episodes))
+            if with_physics:  # For pictures of held-out states (`state_views.py`); training sets would double in size.
+                shape = (total, EXORL_PHYSICS_SIZES[domain])
+                episode_parts.write_array(archive, 'physics', shape, np.float64, each('physics'))
             if labels is not None:
                 rewards = (labels[path] for path in episodes)
                 episode_parts.write_array(archive, 'rewards', (total,), np.float32, rewards)

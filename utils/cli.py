@@ -34,6 +34,7 @@ def run(main, positional: tuple[str, ...] = ()) -> None:
     Exit codes: 0 when main returns None (else what it returns), 2 for a `UserError`, a bad flag or a path that cannot
     be used, 1 for diverged training or a bug, 130 when interrupted.
     """
+    flags.FLAGS.set_gnu_getopt(bool(positional))  # Flags may then stand behind them.
     app.run(lambda argv: _guarded(main, argv, positional), flags_parser=_parse_flags)
 
 

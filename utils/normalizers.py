@@ -53,6 +53,12 @@ class Normalizer:
             return observations
         return (observations - self.shift) / self.scale
 
+    def inverse(self, observations):
+        """Normalised observations (…, D) back in the simulator's units."""
+        if self.shift is None:
+            return observations
+        return observations * self.scale + self.shift
+
     def to_dict(self) -> dict:
         """JSON-able; float32 values survive the round trip exactly."""
         return {

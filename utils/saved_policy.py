@@ -1,5 +1,7 @@
-"""A trained policy from a run on disk, without its data: for videos, demonstrations and one's own evaluations."""
+"""A trained policy, or the whole agents, from a run on disk, without its data: for videos, demonstrations and one's own
+evaluations."""
 
+import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
@@ -8,9 +10,9 @@ from utils import checkpoints, training
 from utils.normalizers import Normalizer
 
 
-def load_policy(path, task):
-    """The policy of a run's newest checkpoint (or of one named checkpoint): observations (W, …) → actions (S, W, A) as
-    NumPy.
+def load_agents(path, task):
+    """The agents of a run's newest checkpoint (or of one named checkpoint), all seeds: (agents with a leading seed
+    axis, normaliser, the checkpoint's metadata).
 
     task: the `envs.TaskSpec` that the run was trained on. Raises UserError for a path that holds no readable
     checkpoint.
@@ -30,6 +32,16 @@ def load_policy(path, task):
         'observation_min': observation[0],
         'observation_max': observation[0],
     }
-    seeds = range(meta['seed'], meta['seed'] + meta['num_seeds'])
-    agents = checkpoints.restore(path, training.create_agents(module.AGENT, list(seeds), example, config))
-    return training.make_policy(agents, Normalizer.from_dict(meta['normalizer']), list(seeds))
+    seeds = list(range(meta['seed'], meta['seed'] + meta['num_seeds']))
+    template = jax.eval_shape(lambda: training.create_agents(module.AGENT, seeds, example, config))
+    return checkpoints.restore(path, template), Normalizer.from_dict(meta['normalizer']), meta
+
+
+def load_policy(path, task):
+    """The policy of a run's newest checkpoint (or of one named checkpoint): observations (W, …) → actions (S, W, A) as
+    NumPy.
+
+    task and errors as in `load_agents`.
+    """
+    agents, normalizer, meta = load_agents(path, task)
+    return training.make_policy(agents, normalizer, list(range(meta['seed'], meta['seed'] + meta['num_seeds'])))

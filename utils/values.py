@@ -1,0 +1,40 @@
+"""What an agent's critics say along a trajectory, and what really came: pure functions, no files and no figures."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from utils.networks import ScalarHead
+
+
+def discounted_returns(rewards, discount: float, masks=None) -> np.ndarray:
+    """G_t = r_t + γ·m_t·G_{t+1} (T,) of an episode's rewards (T,), in float64; masks None counts past every goal.
+
+    What follows the last reward is not known. It is taken to go on as it ended, G_{T−1} = r_{T−1}/(1 − γ·m_{T−1}):
+    the discounted future states of `utils.occupancy.geometric_futures`, too, stay at the end of the episode.
+    """
+    rewards = np.asarray(rewards, np.float64)
+    factors = discount * (np.ones_like(rewards) if masks is None else np.asarray(masks, np.float64))
+    returns = np.empty_like(rewards)
+    returns[-1] = rewards[-1] / (1 - factors[-1])
+    for t in range(len(rewards) - 2, -1, -1):
+        returns[t] = rewards[t] + factors[t] * returns[t + 1]
+    return returns
+
+
+def critic_values(agent, observations, actions):
+    """Q_e(s, a) of both critics (E, B); None for an agent whose critic gives no single number (contrastive ones)."""
+    if not isinstance(agent.networks.critic, ScalarHead):
+        return None
+    if hasattr(agent, 'encoded'):  # The critic sees the frozen encoder's features.
+        observations = agent.features(agent.params, observations)
+    inputs = [observations, actions]
+    if hasattr(agent, 'task_latent'):
+        inputs.append(jnp.broadcast_to(agent.task_latent, (len(actions), *agent.task_latent.shape)))
+    return agent.networks.critic.apply({'params': agent.params['critic']}, *inputs)
+
+
+def intention_values(agent, batch, key, num_intentions: int):
+    """Q̂_z(s, a) (K, B) under K intentions for each row, as the critic draws them: mean R of futures over 1 − γ."""
+    keys = jax.random.split(key, num_intentions)
+    return jax.lax.map(lambda key: agent.intention_returns(agent.params, batch, key), keys)
