@@ -368,6 +368,7 @@ class Experiment:
             'agent_name': self.config.agent_name,
             'agent_config': self.config.to_dict()['agent'],
             'normalizer': self.normalizer.to_dict(),
+            'frame_stack': self.config.frame_stack,
             'data': self.fingerprints,
             'seed': self.config.seed,
             'num_seeds': self.config.num_seeds,
