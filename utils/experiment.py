@@ -257,6 +257,7 @@ class Experiment:
         location = batches.choose_location(dataset, self.config.dataset_location)
         logging.info('%s: batches are drawn from data on the %s', phase, location)
         if location == 'device':
+            self._data = (phase, None, self._data[2])  # The host's copy has served.
             return batches.DeviceBatches(dataset, n)
         return batches.HostBatches(dataset, n, agents=self.agents, keys=keys, block=self.config.block)
 
