@@ -6,6 +6,8 @@ Both loops get the same synthetic data of the task's shapes and take turns (ours
 else the machine does meets both. Prints a table, then, as the last line, one JSON object; a ratio is the host loop's
 time over ours, the median over the pairs of turns. No simulator and no data file is needed. The host loop and its
 losses are in `benchmarks/host_loop.py`.
+
+It takes states only: of an image task (synthetic uint8 images) our loop is measured alone, and there is no ratio.
 """
 
 import dataclasses
@@ -69,24 +71,33 @@ class Problem:
     raw: dict
     normalizer: Normalizer
     reward_at: str
+    frame_stack: int
+    p_aug: float
 
     def dataset(self, phase):
         labels = () if phase == 'finetuning' else ('rewards', 'masks')
         raw = {name: rows for name, rows in self.raw.items() if name not in labels}
-        return Dataset.create(raw, self.normalizer, reward_at=self.reward_at)
+        options = {'reward_at': self.reward_at, 'frame_stack': self.frame_stack, 'p_aug': self.p_aug}
+        return Dataset.create(raw, self.normalizer, **options)
 
     @property
     def example(self):
         return example_batch(self.dataset('pretraining'))
 
 
-def synthetic_rows(rows: int, observation_dim: int, action_dim: int, seed: int = 0):
-    """Random states, actions, rewards and masks in episodes of `EPISODE_LENGTH`, as `envs.data.load_raw` gives rows."""
+def synthetic_rows(rows: int, observation_shape: tuple[int, ...], action_dim: int, seed: int = 0):
+    """Random states, or images (H, W, C), actions, rewards and masks in episodes of `EPISODE_LENGTH`, as
+    `envs.data.load_raw` gives rows."""
     rng = np.random.default_rng(seed)
     terminals = np.arange(1, rows + 1) % EPISODE_LENGTH == 0
     terminals[-1] = True
+    shape = (rows, *observation_shape)
+    if len(observation_shape) == 3:
+        observations = rng.integers(0, 256, shape, dtype=np.uint8)
+    else:
+        observations = rng.normal(size=shape).astype(np.float32)
     return {
-        'observations': rng.normal(size=(rows, observation_dim)).astype(np.float32),
+        'observations': observations,
         'actions': rng.uniform(-0.9, 0.9, (rows, action_dim)).astype(np.float32),
         'terminals': terminals,
         'rewards': rng.choice(np.float32([-1, 0]), rows),
@@ -97,17 +108,18 @@ def synthetic_rows(rows: int, observation_dim: int, action_dim: int, seed: int =
 def make_problem(agent: str, env_name: str, preset: str, rows: int) -> Problem:
     """The preset's networks and synthetic data of the task's shapes. Raises UserError for what cannot be measured."""
     name, task = agents.resolve(agent), envs.task_spec(env_name)
-    if name not in HOST_LOOPS:
+    if name not in HOST_LOOPS and not task.visual:
         raise UserError(f'--agent={agent}: no host loop to compare it with; expected one of {", ".join(HOST_LOOPS)}')
-    if task.visual:
-        raise UserError(f'--env_name={env_name}: the host loop takes states only; give a task without visual-')
     module = agents.load(name)
     settings = presets.resolve(name, env_name, preset)
     config = module.get_config()
     config.update(settings.agent)
-    raw = synthetic_rows(rows, *task.observation_shape, task.action_size)
+    module.validate_config(config)
+    raw = synthetic_rows(rows, task.observation_shape, task.action_size)
     normalizer = Normalizer.fit(raw['observations'], settings.flags['obs_norm_type'])
-    return Problem(module.AGENT, ml_collections.FrozenConfigDict(config), raw, normalizer, task.reward_at)
+    frames = {flag: settings.flags[flag] for flag in ('frame_stack', 'p_aug')}
+    config = ml_collections.FrozenConfigDict(config)
+    return Problem(module.AGENT, config, raw, normalizer, task.reward_at, **frames)
 
 
 def timed(run) -> float:
@@ -168,24 +180,21 @@ def measure(loops: dict[str, Loop], repeats: int, description: str):
 
 
 def summarize(loops: dict[str, Loop], times):
-    """Medians of one phase's measurements, with the spread of the paired ratios."""
-    ratios = [host / ours for host, ours in zip(times['host'], times['ours'])]
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    compilation = {  # A first turn is compilation and the work of any turn.
-        name: max(0.0, loop.first_seconds - medians[name] * loop.updates / 1e3) for name, loop in loops.items()
-    }
-    return {
-        'ratio': statistics.median(ratios),
-        'ratio_min': min(ratios),
-        'ratio_max': max(ratios),
-        'ms': medians['ours'],
-        'host_ms': medians['host'],
-        'updates_per_second': 1e3 / medians['ours'],
-        'host_updates_per_second': 1e3 / medians['host'],
-        'compile_seconds': compilation['ours'],
-        'host_compile_seconds': compilation['host'],
-        'updates': loops['ours'].updates,
-    }
+    """Medians of one phase's measurements, with the spread of the paired ratios where there is a host loop."""
+    summary = {}
+    for name, loop in loops.items():
+        prefix = '' if name == 'ours' else f'{name}_'
+        median = statistics.median(times[name])
+        summary |= {
+            f'{prefix}ms': median,
+            f'{prefix}updates_per_second': 1e3 / median,
+            # A first turn is compilation and the work of any turn.
+            f'{prefix}compile_seconds': max(0.0, loop.first_seconds - median * loop.updates / 1e3),
+        }
+    if 'host' in loops:
+        ratios = [host / ours for host, ours in zip(times['host'], times['ours'])]
+        summary |= {'ratio': statistics.median(ratios), 'ratio_min': min(ratios), 'ratio_max': max(ratios)}
+    return summary | {'updates': loops['ours'].updates}
 
 
 def machine() -> dict:
@@ -213,8 +222,11 @@ def table(results) -> str:
         f'{"phase":<14}{"loop":<8}{"ms/update":>11}{"updates/s":>11}{"compile s":>11}{"ratio":>8}  range over pairs'
     ]
     for phase, result in results.items():
-        ratio = f'{result["ratio"]:8.2f}  {result["ratio_min"]:.2f}–{result["ratio_max"]:.2f}'
-        for loop, prefix, end in (('host', 'host_', ''), ('ours', '', ratio)):
+        rows = [('ours', '', '')]
+        if 'ratio' in result:
+            ratio = f'{result["ratio"]:8.2f}  {result["ratio_min"]:.2f}–{result["ratio_max"]:.2f}'
+            rows = [('host', 'host_', ''), ('ours', '', ratio)]
+        for loop, prefix, end in rows:
             columns = (result[prefix + name] for name in ('ms', 'updates_per_second', 'compile_seconds'))
             lines.append(f'{phase:<14}{loop:<8}' + ''.join(f'{column:11.1f}' for column in columns) + end)
     return '\n'.join(lines)
@@ -228,10 +240,12 @@ def main(_):
     updates = {'pretraining': values.updates, 'finetuning': -(-values.finetuning_updates // period) * period}
     results = {}
     for phase in PHASES:
-        loops = {'ours': our_loop(problem, phase, updates[phase]), 'host': plain_loop(problem, phase, updates[phase])}
+        loops = {'ours': our_loop(problem, phase, updates[phase])}
+        if not envs.task_spec(values.env_name).visual:
+            loops['host'] = plain_loop(problem, phase, updates[phase])
         results[phase] = summarize(loops, measure(loops, values.repeats, phase))
 
-    shapes = {k: problem.raw[k].shape[1] for k in ('observations', 'actions')}
+    shapes = {k: '×'.join(map(str, problem.raw[k].shape[1:])) for k in ('observations', 'actions')}
     print(
         f'{agents.resolve(values.agent)}, preset {values.preset}, {values.env_name}: {shapes["observations"]} '
         f'observation and {shapes["actions"]} action dimensions, batch {problem.config.batch_size}, one seed, '

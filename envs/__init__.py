@@ -5,35 +5,14 @@ Importing this package is cheap: no simulator is loaded before `make_env` is cal
 loading them in `data.py`. Nothing here knows about the agents of `agents/`.
 """
 
-import ctypes
 import dataclasses
 import difflib
-import os
 import re
-import sys
 
+from envs import rendering
 from utils.errors import UserError
 
-
-def _choose_renderer() -> None:
-    """Sets MUJOCO_GL for a machine without a display, before MuJoCo is imported: it reads the variable on import only.
-
-    A back end whose library is missing would make that import fail even for a run that never renders: hence the look.
-    """
-    if not sys.platform.startswith('linux') or any(os.environ.get(name) for name in ('DISPLAY', 'WAYLAND_DISPLAY')):
-        return
-    for backend, library in (('egl', 'libEGL.so.1'), ('osmesa', 'libOSMesa.so.8')):
-        try:
-            ctypes.CDLL(library)
-        except OSError:
-            continue
-        os.environ.setdefault('MUJOCO_GL', backend)
-        return
-    os.environ.setdefault('MUJOCO_GL', 'disable')
-
-
-if 'MUJOCO_GL' not in os.environ:
-    _choose_renderer()
+rendering.prefer_backend()
 
 EXORL_TASKS = {
     'cheetah': ('run', 'run_backward', 'walk', 'walk_backward'),
@@ -132,16 +111,7 @@ def task_spec(env_name: str) -> TaskSpec:
     raise UserError(f'unknown task {env_name!r}{hint}')
 
 
-def require_simulator(spec: TaskSpec) -> None:
-    """Raises UserError if this version cannot simulate the task. The one place to open for a new simulator."""
-    if spec.visual:
-        raise UserError(
-            f'{spec.name}: this version has no image tasks yet; it has the 36 with state observations, for instance '
-            f'{spec.name.removeprefix("visual-")}'
-        )
-
-
-def make_env(env_name: str, seed: int = 0, render_mode: str | None = None):
+def make_env(env_name: str, seed: int = 0, render_mode: str | None = None, frame_stack: int = 1):
     """Makes a task into a gymnasium environment.
 
     Args:
@@ -149,6 +119,8 @@ def make_env(env_name: str, seed: int = 0, render_mode: str | None = None):
         seed: seeds the first `reset()` that is not given a seed of its own. `reset(seed=k)` starts the same episode
             every time, whatever happened before it, and the same actions then give the same episode.
         render_mode: None, or 'rgb_array' for `render()` to return (H, W, 3) uint8 images.
+        frame_stack: the newest so many images make one observation, stacked on the channel axis, oldest first; before
+            there are as many, the episode's first image is repeated. Image tasks only.
 
     Returns:
         A `gymnasium.Env`: observations float32 (or uint8 images), actions float32 in [-1, 1] and clipped to it, the
@@ -156,15 +128,20 @@ def make_env(env_name: str, seed: int = 0, render_mode: str | None = None):
         an OpenGL context.
 
     Raises:
-        UserError: unknown task, or one without a simulator in this version.
+        UserError: unknown task, or images are asked for where nothing can render them.
     """
     spec = task_spec(env_name)
-    require_simulator(spec)
     if render_mode not in (None, 'rgb_array'):
         raise UserError(f'render_mode={render_mode!r}: expected None or rgb_array')
+    if spec.visual:
+        rendering.require_backend()
+    elif frame_stack != 1:
+        raise UserError(f'frame_stack={frame_stack}: {env_name} has state observations; expected 1')
     if spec.suite == 'exorl':
         from envs.exorl_env import make_task_env
-    else:
-        from envs.ogbench_env import make_task_env
 
-    return make_task_env(spec, seed=seed, render_mode=render_mode)
+        return make_task_env(spec, seed=seed, render_mode=render_mode)
+    from envs.ogbench_env import make_task_env, stack_frames
+
+    env = make_task_env(spec, seed=seed, render_mode=render_mode)
+    return env if frame_stack == 1 else stack_frames(env, frame_stack)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from envs import TaskSpec, make_env, require_simulator, task_spec
+from envs import TaskSpec, make_env, task_spec
 from utils.errors import UserError
 
 DEFAULT_DATASET_DIR = '~/.ogbench/data'
@@ -28,6 +28,7 @@ SPLITS = ('train', 'val')
 COLLECTOR_SPLITS = {'pretraining': 'pretrain', 'finetuning': 'finetune'}
 
 CHUNK_BYTES = 1 << 22
+ALIGNMENT = 64  # Bytes.
 # Actions are clipped to [-1, 1] when they are used. This much beyond is rounding; more means that they were never
 # scaled.
 ACTION_TOLERANCE = 1e-3
@@ -84,7 +85,6 @@ def load_raw(
         UserError: the file is missing, damaged, not of this task, or too short; the message names it and what to do.
     """
     spec = task_spec(env_name)
-    require_simulator(spec)
     path = task_path(spec, phase, split, dataset_dir)
     if not path.is_file():
         raise UserError(_missing_message(spec, phase, path))
@@ -198,6 +198,14 @@ def _member_shape(archive: zipfile.ZipFile, name: str, path: Path) -> tuple[int,
         return _member_header(member)[0]
 
 
+def _empty_aligned(shape: tuple[int, ...], dtype) -> np.ndarray:
+    """An array that begins where JAX on a CPU wants it: such data it takes over, others it copies."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    buffer = np.empty(size + ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % ALIGNMENT
+    return buffer[start : start + size].view(dtype).reshape(shape)
+
+
 def _read_member(archive: zipfile.ZipFile, name: str, rows: int) -> np.ndarray:
     """The first `rows` rows of an array, without ever holding the others.
 
@@ -205,7 +213,7 @@ def _read_member(archive: zipfile.ZipFile, name: str, rows: int) -> np.ndarray:
     """
     with archive.open(f'{name}.npy') as member:
         shape, dtype = _member_header(member)
-        array = np.empty((rows, *shape[1:]), dtype)
+        array = _empty_aligned((rows, *shape[1:]), dtype)
         target = memoryview(array.reshape(-1).view(np.uint8))
         filled = 0
         while filled < len(target):
@@ -269,8 +277,11 @@ def _read_states(archive: zipfile.ZipFile, spec: TaskSpec, path: Path, rows: int
 
 @functools.lru_cache(maxsize=2)
 def _labelling_env(env_name: str):
-    """The environment that knows the task's goal; kept, for making one takes seconds and files come in pairs."""
-    return make_env(env_name)
+    """The environment that knows the task's goal; kept, for making one takes seconds and files come in pairs.
+
+    An image task's is the same task with state observations: labels need no renderer.
+    """
+    return make_env(env_name.removeprefix('visual-'))
 
 
 def label_states(env_name: str, states: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

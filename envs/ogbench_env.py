@@ -13,8 +13,11 @@ import weakref
 import gymnasium
 import numpy as np
 
+from envs import IMAGE_SHAPE
+
 # Video frames a side: a multiple of 16, as video encoders want it.
 RENDER_SIZE = 256
+MAGNIFICATION = RENDER_SIZE // IMAGE_SHAPE[0]  # Of an image task's observations.
 FRAMES_PER_SECOND = 20
 
 
@@ -32,6 +35,7 @@ class _Reproducible:
     _actions = None
     _measured = None
     _compiled_damping = None
+    _closes_at_exit = False
 
     @property
     def action_space(self):
@@ -77,6 +81,14 @@ class _Reproducible:
         super().set_state(*args, **kwargs)
         self._measured = None
 
+    def _initialize_renderer(self):
+        super()._initialize_renderer()
+        if not self._closes_at_exit:
+            # A context that outlives the OpenGL library complains on stderr. Exit functions run in reverse order: this
+            # one, registered after the library's own, which the first renderer registers, comes before it.
+            atexit.register(_close_renderer, weakref.ref(self))
+            self._closes_at_exit = True
+
 
 @functools.cache
 def _reproducible(cls):
@@ -109,7 +121,8 @@ def _without_shadows(scene) -> None:
 
 
 class TaskEnv(gymnasium.Wrapper):
-    """One task as the training code wants it: float32, clipped actions, a lean `info`, a seed from the start."""
+    """One task as the training code wants it: float32 (or uint8 images), clipped actions, a lean `info`, a seed from
+    the start."""
 
     metadata = {'render_modes': ['rgb_array'], 'render_fps': FRAMES_PER_SECOND}
 
@@ -117,10 +130,11 @@ class TaskEnv(gymnasium.Wrapper):
         super().__init__(env)
         self._first_seed = seed
         self._render_mode = render_mode
-        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, spec.observation_shape, np.float32)
+        self._visual = spec.visual
+        low, high, dtype = (0, 255, np.uint8) if spec.visual else (-np.inf, np.inf, np.float32)
+        self.observation_space = gymnasium.spaces.Box(low, high, spec.observation_shape, dtype)
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (spec.action_size,), np.float32)
         self._simulator_reference = weakref.ref(env.unwrapped)
-        self._closes_at_exit = False
 
     @property
     def render_mode(self):
@@ -132,12 +146,12 @@ class TaskEnv(gymnasium.Wrapper):
         else:
             self._first_seed = None
         observation, _ = self.env.reset(seed=seed, options=options)
-        return observation.astype(np.float32), {'success': 0.0}
+        return observation.astype(self.observation_space.dtype), {'success': 0.0}
 
     def step(self, action):
         observation, reward, terminated, truncated, info = self.env.step(np.clip(action, -1.0, 1.0))
         return (
-            observation.astype(np.float32),
+            observation.astype(self.observation_space.dtype),
             float(reward),
             bool(terminated),
             bool(truncated),
@@ -145,13 +159,10 @@ class TaskEnv(gymnasium.Wrapper):
         )
 
     def render(self):
-        image = self.unwrapped.render(scene_callback=_without_shadows)
-        if not self._closes_at_exit:
-            # A context that outlives the OpenGL library complains on stderr. Exit functions run in reverse order: this
-            # one, registered after the library's own, which the first rendering registers, comes before it.
-            atexit.register(_close_renderer, self._simulator_reference)
-            self._closes_at_exit = True
-        return image
+        if self._visual:
+            # What the policy sees, magnified. The renderer keeps its settings, and the next observation has shadows.
+            return self.unwrapped.render().repeat(MAGNIFICATION, axis=0).repeat(MAGNIFICATION, axis=1)
+        return self.unwrapped.render(scene_callback=_without_shadows)
 
     def close(self):
         _close_renderer(self._simulator_reference)
@@ -160,8 +171,17 @@ class TaskEnv(gymnasium.Wrapper):
 
 def make_task_env(spec, seed: int, render_mode: str | None) -> TaskEnv:
     """A single-task environment (see `envs.make_env`) for a `TaskSpec` of the OGBench suite."""
-    size = {} if render_mode is None else {'width': RENDER_SIZE, 'height': RENDER_SIZE}
+    # An image task's size is that of its observations.
+    size = {} if render_mode is None or spec.visual else {'width': RENDER_SIZE, 'height': RENDER_SIZE}
     return TaskEnv(_make(spec.env_id, **size), spec, seed, render_mode)
+
+
+def stack_frames(env, number: int):
+    """The environment with its newest `number` images (H, W, C) in each observation: (H, W, number·C), oldest first."""
+    height, width, channels = env.observation_space.shape
+    space = gymnasium.spaces.Box(0, 255, (height, width, number * channels), np.uint8)
+    stacked = gymnasium.wrappers.FrameStackObservation(env, number, padding_type='reset')
+    return gymnasium.wrappers.TransformObservation(stacked, lambda frames: np.concatenate(frames, axis=-1), space)
 
 
 def make_play_env(dataset_env: str):

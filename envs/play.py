@@ -28,7 +28,8 @@ class ScriptedPlay:
     def __init__(self, dataset_env: str):
         from ogbench.manipspace.oracles.plan import button_plan, cube_plan, drawer_plan, window_plan
 
-        self._domain = dataset_env.removesuffix('-v0')
+        # What is played does not depend on what is observed: an image domain's episodes are those of the state domain.
+        self._domain = dataset_env.removesuffix('-v0').removeprefix('visual-')
         self._simulator = ogbench_env.make_play_env(dataset_env)
         settings = {'env': self._simulator, 'noise': PLAN_NOISE, 'noise_smoothing': PLAN_NOISE_SMOOTHING}
         if self._domain.startswith('cube'):
@@ -51,9 +52,9 @@ class ScriptedPlay:
             rows: number of states, one more than there are transitions.
 
         Returns:
-            Arrays of `rows` rows: observations, actions in [-1, 1], qpos and qvel float32; terminals bool, True on the
-            last row only; button_states int64 where there are buttons. The action of the last row was never carried
-            out.
+            Arrays of `rows` rows: observations float32, or uint8 images; actions in [-1, 1], qpos and qvel float32;
+            terminals bool, True on the last row only; button_states int64 where there are buttons. The action of the
+            last row was never carried out.
         """
         for attempt in range(MAX_REDRAWS):
             episode = self._attempt(np.random.SeedSequence((*seed, attempt)), rows)
@@ -85,10 +86,8 @@ class ScriptedPlay:
                 observation, info = self._simulator.set_new_target(p_stack=stacking)
                 oracle = self._oracle(observation, info)
 
-        episode = {
-            name: np.array(column, np.int64 if name == 'button_states' else np.float32)
-            for name, column in columns.items()
-        }
+        kept = {'button_states': np.int64, 'observations': np.uint8 if observation.dtype == np.uint8 else np.float32}
+        episode = {name: np.array(column, kept.get(name, np.float32)) for name, column in columns.items()}
         episode['terminals'] = np.arange(rows) == rows - 1
         return episode
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import host_loop
+from benchmarks import host_loop, throughput
 from tests.tiny import ACTION_DIM, STATE_DIM, make_agent, make_batch, make_dataset, random_walks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -126,9 +126,20 @@ def test_the_command_prints_a_line_of_json():
     assert report['versions']['jax'] == jax.__version__
 
 
+def test_images_are_measured_without_a_ratio():
+    problem = throughput.make_problem('infom', 'visual-scene-play-singletask-task1-v0', 'smoke', rows=20)
+    dataset = problem.dataset('pretraining')
+    assert dataset.observations.dtype == np.uint8 and (dataset.frame_stack, dataset.p_aug) == (3, 0.5)
+    assert problem.example['observations'].shape == (1, 64, 64, 9)
+    loops = {'ours': throughput.Loop(lambda: None, updates=4, first_seconds=2.0)}
+    summary = throughput.summarize(loops, {'ours': [100.0, 300.0, 200.0]})
+    assert summary == {'ms': 200.0, 'updates_per_second': 5.0, 'compile_seconds': pytest.approx(1.2), 'updates': 4}
+    assert 'host' not in throughput.table({'pretraining': summary})
+
+
 @pytest.mark.parametrize(
     'flag, expected',
-    [('--agent=nobody', 'nobody'), ('--env_name=visual-scene-play-singletask-task1-v0', 'states only')],
+    [('--agent=nobody', 'nobody'), ('--env_name=visual-scene-play-singletask-task9-v0', 'unknown task')],
 )
 def test_what_cannot_be_measured_gets_one_line(flag, expected):
     result = subprocess.run(

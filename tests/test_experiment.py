@@ -190,8 +190,8 @@ def test_pretraining_never_sees_a_reward(tmp_path):
         return load_raw(phase, split, size)
 
     with make_experiment(config, load=load_unlabelled) as experiment:
+        assert experiment._data[1].rewards is None
         experiment.pretrain()
-    assert experiment._data[1].rewards is None
     assert (config.run_dir / 'summary.json').exists()
 
 

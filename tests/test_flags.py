@@ -90,6 +90,16 @@ def test_images_take_their_own_protocol():
     assert (config.agent.encoder, config.agent.clip_flow_goals) == ('impala_small', False)
 
 
+def test_encoders_fit_the_observations():
+    for flag in ('--agent.encoder=none', '--agent.encoder=mlp'):
+        with pytest.raises(UserError, match=r'has images.*impala_small'):
+            parse(flag, env_name=VISUAL)
+    with pytest.raises(UserError, match='has state observations'):
+        parse('--agent.encoder=impala', '--agent.clip_flow_goals=False')
+    with pytest.raises(UserError, match='clip_flow_goals=True with an encoder'):
+        parse('--agent.clip_flow_goals=True', env_name=VISUAL)
+
+
 def test_where_a_run_is_written():
     config = parse('--preset=smoke', '--seed=3', '--save_dir=~/runs')
     assert config.run_dir == Path.home() / 'runs' / 'smoke' / f'{TASK}_infom_sd3'

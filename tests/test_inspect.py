@@ -117,7 +117,7 @@ def test_infom_from_run_to_page(data_dir, tmp_path, small):
     futures = rows_of(run / 'figures' / 'inspect_futures.csv')
     assert len(futures) == 2 * 4 and {row['intention'] for row in futures} == {'z inferred', 'z from the prior, 1'}
     values = rows_of(run / 'figures' / 'inspect_values.csv')
-    assert len(values) == 40 and {'realised return', 'Q, mean of the critics'} < set(values[0])
+    assert len(values) == 40 and {'realised return', 'Q, as the actor sees it'} < set(values[0])
 
 
 def test_what_another_agent_and_a_pretraining_run_leave_out(data_dir, tmp_path, small):

@@ -122,13 +122,12 @@ def test_discounted_returns_by_hand():
 
 
 @pytest.mark.parametrize('name', agents.available())
-def test_critic_values_of_every_agent(name):
+def test_which_agents_have_values_and_futures(name):
     batch, config = tiny_agents.make_batch(), tiny_agents.make_config(name)
     example = batch | dict(zip(('observation_min', 'observation_max'), tiny.OBSERVED_RANGE, strict=True))
     agent = jax.eval_shape(lambda: agents.load(name).AGENT.create(jax.random.key(0), example, config))
-    qs = jax.eval_shape(values.critic_values, agent, batch['observations'], batch['actions'])
-    if name in ('crl_infonce', 'td_infonce'):
-        assert qs is None
-    else:
-        assert qs.shape == (2, tiny.BATCH_SIZE)
+    assert hasattr(agent, 'q_values') == (name not in ('crl_infonce', 'td_infonce'))
+    if hasattr(agent, 'q_values'):
+        qs = jax.eval_shape(lambda agent, *inputs: agent.q_values(*inputs), agent, batch['observations'], batch['actions'])
+        assert qs.shape == (tiny.BATCH_SIZE,)
     assert occupancy.models_occupancy(agent) == (name == 'infom')

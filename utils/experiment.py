@@ -216,12 +216,12 @@ class Experiment:
         if self.phase_step >= total:
             return
         keys = training.stream_keys(self.seeds, phase)
+        ranges = diagnostics.observed_ranges(self._data[1])
         source = self._make_source(phase, keys)
         n = self._chunk_size = source.n
         chunk, seconds = training.compile_chunk(self.agents, source.chunk(self.phase_step), keys, phase=phase, n=n)
         logging.info('%s: compiled a chunk of %d updates in %.1f s', phase, n, seconds)
         validation, validation_keys = jax.device_put(self._data[2]), training.stream_keys(self.seeds, 'validation')
-        ranges = diagnostics.observed_ranges(self._data[1])
         validate = training.compile_validation(self.agents, validation, ranges, validation_keys, phase=phase)
         bar = tqdm(total=total, initial=self.phase_step, desc=phase, unit='update', dynamic_ncols=True, smoothing=0.1)
         in_flight = None  # (end step, device metrics, validation metrics or None) of the chunk that is running.
@@ -257,6 +257,7 @@ class Experiment:
         location = batches.choose_location(dataset, self.config.dataset_location)
         logging.info('%s: batches are drawn from data on the %s', phase, location)
         if location == 'device':
+            self._data = (phase, None, self._data[2])  # The host's copy has served.
             return batches.DeviceBatches(dataset, n)
         return batches.HostBatches(dataset, n, agents=self.agents, keys=keys, block=self.config.block)
 
@@ -368,6 +369,7 @@ class Experiment:
             'agent_name': self.config.agent_name,
             'agent_config': self.config.to_dict()['agent'],
             'normalizer': self.normalizer.to_dict(),
+            'frame_stack': self.config.frame_stack,
             'data': self.fingerprints,
             'seed': self.config.seed,
             'num_seeds': self.config.num_seeds,

@@ -25,7 +25,7 @@ import envs
 from utils import presets
 from utils.errors import UserError
 from utils.intervals import fit_intervals, largest_divisor
-from utils.run_config import DEFAULT, RunConfig, block_size, check_agent, check_flags, flag_fields
+from utils.run_config import DEFAULT, RunConfig, block_size, check_agent, check_encoder, check_flags, flag_fields
 
 PHASES = ('pretraining', 'finetuning')
 DEFAULT_AGENT = 'agents/infom.py'
@@ -165,6 +165,7 @@ def resolve_settings(flag_values: flags.FlagValues = flags.FLAGS, phases: Sequen
     check_flags(values, task)
     check_agent(agent)
     module.validate_config(agent)
+    check_encoder(agent, task)
     for name, value in fit_intervals(values, explicit, block_size(agent, values['finetuning_steps'])).items():
         if value != values[name]:
             sources[name] = f'made to fit the steps (preset: {values[name]})'

@@ -339,9 +339,8 @@ def values(look, report):
     drawn, bands = {'realised return': realised}, {}
     if not masks.all():
         drawn['realised return up to success'] = agent_values.discounted_returns(rewards, discount, masks)[steps]
-    qs = jax.jit(agent_values.critic_values)(look.agent, **batch)
-    if qs is not None:
-        drawn['Q, mean of the critics'] = np.asarray(qs).mean(axis=0)
+    if hasattr(look.agent, 'q_values'):  # Contrastive critics give no number for a state and action alone.
+        drawn['Q, as the actor sees it'] = np.asarray(jax.jit(look.agent.q_values)(**batch))
     if occupancies.models_occupancy(look.agent):
         whole = batch
         if look.agent.config.critic_latent_type != 'prior':

@@ -65,6 +65,11 @@ def check_compatible(meta, task, config, path):
                 f'{path} was trained with agent.{name}={saved[name]!r}, now it is {wanted[name]!r}: '
                 f'use the settings of that run (its --preset, or --agent.{name}={saved[name]})'
             )
+    frame_stack = meta.get('frame_stack', 1)  # Older checkpoints are of state tasks.
+    if frame_stack != config.frame_stack:
+        raise UserError(
+            f'{path} was trained with frame_stack={frame_stack}, now it is {config.frame_stack}: use the same'
+        )
     if meta['normalizer']['kind'] != config.obs_norm_type:
         raise UserError(
             f'{path} was trained with obs_norm_type={meta["normalizer"]["kind"]}, '

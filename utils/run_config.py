@@ -183,3 +183,13 @@ def check_agent(agent: ConfigDict) -> None:
             raise UserError(f'--agent.{key}={value}: expected a finite number')
         if key.endswith('hidden_dims') and not (value and all(type(width) is int and width > 0 for width in value)):
             raise UserError(f'--agent.{key}={value}: expected the widths of one or more layers, as in (256, 256)')
+
+
+def check_encoder(agent: ConfigDict, task) -> None:
+    """Raises UserError for an image encoder on states, or images without one."""
+    encoder = agent.get('encoder')
+    if task.visual == (encoder in (None, 'mlp')):
+        kind, example = ('images', 'impala_small') if task.visual else ('state observations', 'none')
+        raise UserError(
+            f'--agent.encoder={encoder}: {task.name} has {kind}; leave it out, or use for instance {example}'
+        )

@@ -25,7 +25,9 @@ def load_agents(path, task):
         {name: tuple(value) if isinstance(value, list) else value for name, value in meta['agent_config'].items()}
     )
     # Shapes are all that the template needs: its values, the observed range included, are replaced.
-    observation = jnp.zeros((1, *task.observation_shape), jnp.uint8 if task.visual else jnp.float32)
+    *shape, last = task.observation_shape
+    shape = (1, *shape, last * meta.get('frame_stack', 1))
+    observation = jnp.zeros(shape, jnp.uint8 if task.visual else jnp.float32)
     example = {
         'observations': observation,
         'actions': jnp.zeros((1, task.action_size)),

@@ -1,10 +1,7 @@
 """What an agent's critics say along a trajectory, and what really came: pure functions, no files and no figures."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-
-from utils.networks import ScalarHead
 
 
 def discounted_returns(rewards, discount: float, masks=None) -> np.ndarray:
@@ -20,18 +17,6 @@ def discounted_returns(rewards, discount: float, masks=None) -> np.ndarray:
     for t in range(len(rewards) - 2, -1, -1):
         returns[t] = rewards[t] + factors[t] * returns[t + 1]
     return returns
-
-
-def critic_values(agent, observations, actions):
-    """Q_e(s, a) of both critics (E, B); None for an agent whose critic gives no single number (contrastive ones)."""
-    if not isinstance(agent.networks.critic, ScalarHead):
-        return None
-    if hasattr(agent, 'encoded'):  # The critic sees the frozen encoder's features.
-        observations = agent.features(agent.params, observations)
-    inputs = [observations, actions]
-    if hasattr(agent, 'task_latent'):
-        inputs.append(jnp.broadcast_to(agent.task_latent, (len(actions), *agent.task_latent.shape)))
-    return agent.networks.critic.apply({'params': agent.params['critic']}, *inputs)
 
 
 def intention_values(agent, batch, key, num_intentions: int):
