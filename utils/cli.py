@@ -8,7 +8,7 @@ import sys
 
 from absl import app, flags
 
-from utils.errors import TrainingDiverged, UserError
+from utils.errors import ProcessLost, TrainingDiverged, UserError
 
 USER_ERROR_CODE = 2
 INTERRUPTED_CODE = 130  # 128 + SIGINT, as shells report it
@@ -31,7 +31,7 @@ def run(main) -> None:
     """Runs `main(argv)` under absl and exits; `argv` holds the program's name alone.
 
     Exit codes: 0 when main returns None (else what it returns), 2 for a `UserError`, a bad flag or a path that cannot
-    be used, 1 for diverged training or a bug, 130 when interrupted.
+    be used, 1 for diverged training, a lost process or a bug, 130 when interrupted.
     """
     app.run(lambda argv: _guarded(main, argv), flags_parser=_parse_flags)
 
@@ -52,7 +52,7 @@ def _guarded(main, argv: list[str]):
         return main(argv)
     except UserError as error:
         _fail(error, USER_ERROR_CODE)
-    except TrainingDiverged as error:
+    except (TrainingDiverged, ProcessLost) as error:
         _fail(error, 1)
     except KeyboardInterrupt:
         _fail('interrupted', INTERRUPTED_CODE)
