@@ -57,9 +57,10 @@ class CountingEvaluator:
         pass
 
 
-def make_experiment(config, calls=None, task=None, load=load_raw, **options):
-    make_evaluator = None if calls is None else lambda: CountingEvaluator(calls)
-    return Experiment(config, task or envs.task_spec(TASK), load_raw=load, make_evaluator=make_evaluator, **options)
+def make_experiment(config, calls=None, task=None, load=load_raw, experiment_class=Experiment, **options):
+    if calls is not None:
+        options['make_evaluator'] = lambda: CountingEvaluator(calls)
+    return experiment_class(config, task or envs.task_spec(TASK), load_raw=load, **options)
 
 
 def run(config, **options):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from utils import training
+from utils import devices, training
 from utils.datasets import Dataset
 from utils.intervals import largest_divisor
 
@@ -31,8 +31,8 @@ def choose_location(dataset: Dataset, wanted: str) -> str:
 class DeviceBatches:
     """The data set on the device; the compiled chunk draws from it by itself."""
 
-    def __init__(self, dataset: Dataset, n: int):
-        self.n, self._dataset = n, jax.device_put(dataset)
+    def __init__(self, dataset: Dataset, n: int, mesh=None):
+        self.n, self._dataset = n, devices.place(dataset, mesh)
 
     def chunk(self, start: int):
         """What `train_chunk` takes its batches from for the `n` updates after `start`."""
@@ -47,12 +47,12 @@ class HostBatches:
     """The data set in the host's memory; a thread draws the batches of the next chunk while one is running.
 
     `n`: updates of a chunk, at most; fewer, and always whole blocks of `block`, where their batches would take more
-    than `PREFETCHED_BYTES`.
+    than `PREFETCHED_BYTES`. keys (S,): not yet placed on a mesh.
     """
 
     def __init__(self, dataset: Dataset, n: int, *, agents, keys, block: int):
         self._dataset, self._spec = on_host(dataset), training.batch_spec(agents)
-        self._keys = on_host(keys)
+        self._keys, self._mesh = on_host(keys), devices.mesh_of(agents)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix='batches')
         one = jax.eval_shape(lambda: self._draw(0, 1))
         bytes_of_update = sum(np.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(one))
@@ -65,7 +65,9 @@ class HostBatches:
     def _fetch(self, start):
         with jax.default_device(host_device()):
             drawn = self._draw(start, self.n)
-        return jax.block_until_ready(jax.device_put(drawn, jax.local_devices()[0]))
+        if self._mesh is None:
+            return jax.block_until_ready(jax.device_put(drawn, jax.local_devices()[0]))
+        return jax.block_until_ready(devices.place(drawn, self._mesh, 'seed', None, 'batch'))
 
     def chunk(self, start: int):
         """The batches of the `n` updates after `start`; those of the updates after them are begun."""

@@ -48,7 +48,7 @@ class CheckpointWriter:
                 shutil.rmtree(leftover, ignore_errors=True)
         _silence_orbax()
         # Compression is off: network weights and Adam moments are noise to zstd, which would only cost time.
-        self._checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
+        self._checkpointer = _make_checkpointer(use_compression=False)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix='checkpoint')
         self._pending: Future | None = None
 
@@ -270,14 +270,26 @@ def _read_arrays(path: Path, stored: dict[str, dict]) -> dict[str, np.ndarray]:
     wanted = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in stored if name not in arrays}
     if wanted:
         try:
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            with _make_checkpointer() as checkpointer:
                 arrays |= checkpointer.restore(path / 'state', args=ocp.args.PyTreeRestore(restore_args=wanted))
         except Exception as error:  # tensorstore and orbax raise many types, of one meaning here
             raise _damaged(path, _first_line(error)) from error
     return arrays
 
 
+def _make_checkpointer(**options: Any) -> ocp.Checkpointer:
+    """Orbax's reader and writer, which waits for no other process: files hold whole arrays."""
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f'process_{me}'
+    )
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone, **options)
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
+
+
 def _placed_like(leaf: Any, array: np.ndarray) -> Any:
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:  # Each process puts its own part in place.
+        return jax.make_array_from_callback(array.shape, leaf.sharding, lambda index: array[index])
     if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
         return jax.device_put(array, leaf.sharding)
     return array if isinstance(leaf, np.ndarray) else array[()]

@@ -8,7 +8,7 @@ import sys
 
 from absl import app, flags
 
-from utils.errors import TrainingDiverged, UserError
+from utils.errors import ProcessLost, TrainingDiverged, UserError
 
 USER_ERROR_CODE = 2
 INTERRUPTED_CODE = 130  # 128 + SIGINT, as shells report it
@@ -32,7 +32,7 @@ def run(main, positional: tuple[str, ...] = ()) -> None:
     `positional`.
 
     Exit codes: 0 when main returns None (else what it returns), 2 for a `UserError`, a bad flag or a path that cannot
-    be used, 1 for diverged training or a bug, 130 when interrupted.
+    be used, 1 for diverged training, a lost process or a bug, 130 when interrupted.
     """
     flags.FLAGS.set_gnu_getopt(bool(positional))  # Flags may then stand behind them.
     app.run(lambda argv: _guarded(main, argv, positional), flags_parser=_parse_flags)
@@ -57,7 +57,7 @@ def _guarded(main, argv: list[str], positional: tuple[str, ...]):
         return main(argv)
     except UserError as error:
         _fail(error, USER_ERROR_CODE)
-    except TrainingDiverged as error:
+    except (TrainingDiverged, ProcessLost) as error:
         _fail(error, 1)
     except KeyboardInterrupt:
         _fail('interrupted', INTERRUPTED_CODE)

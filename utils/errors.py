@@ -1,4 +1,4 @@
-"""The two exceptions that an entry point turns into one line and an exit code; everything else is a bug and shows its
+"""The exceptions that an entry point turns into one line and an exit code; everything else is a bug and shows its
 traceback."""
 
 
@@ -9,3 +9,7 @@ class UserError(Exception):
 class TrainingDiverged(Exception):
     """A loss became NaN or infinite; the message names the step, the metric and the last good checkpoint. Exit code
     1."""
+
+
+class ProcessLost(Exception):
+    """Another process of a distributed run is gone; the message names the last checkpoint. Exit code 1."""

@@ -16,16 +16,17 @@ import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from tqdm import tqdm
 
 import agents as agent_registry
-from utils import batches, checkpoints, datasets, diagnostics, resume, runs, training
+from utils import batches, checkpoints, datasets, devices, diagnostics, processes, resume, run_files, training
 from utils.errors import TrainingDiverged, UserError
 from utils.normalizers import Normalizer
-from utils.wandb_sink import WandbSink
+from utils.profiling import Profile
+from utils.run_evaluations import RunEvaluations
+from utils.run_log import RunLog
 
 
 class Experiment:
@@ -41,7 +42,8 @@ class Experiment:
         self._load_raw, self._make_evaluator, self._record_video = load_raw, make_evaluator, record_video
         self._first_phase = first_phase
         self.seeds = list(range(config.seed, config.seed + config.num_seeds))
-        self.agents = self.normalizer = self._evaluator = None
+        self.mesh = devices.make_mesh(config.num_seeds, config.agent.batch_size, config.mesh_seeds, config.mesh_batch)
+        self.agents = self.normalizer = self._evaluations = None
         self.phase, self.phase_step = 'pretraining', 0
         self.offset = 0  # Steps of the phases before this one: step = offset + phase_step.
         self.fingerprints = {}
@@ -49,7 +51,7 @@ class Experiment:
         self._last_checkpoint = None
         self._last_return = None
         self._evaluation_due = False
-        self._stop_signal = None
+        self._signal = self._stop_signal = None  # The one received, and the one to act on.
         self._began, self._wall_before = time.monotonic(), 0.0
         self._resources = contextlib.ExitStack()
 
@@ -58,33 +60,29 @@ class Experiment:
     def __enter__(self):
         config = self.config
         with self._resources as resources:
-            self.directory = runs.make_run_directory(config.save_dir, config.run_group, config.run_name)
-            lock = runs.lock_run_directory(self.directory)
-            if lock is not None:
-                resources.enter_context(lock)
-            self.log = resources.enter_context(runs.MetricsLog(self.directory / 'metrics.jsonl'))
-            self.writer = resources.enter_context(checkpoints.CheckpointWriter(self.directory / 'checkpoints'))
+            self.directory, self.log, self.writer = resources.enter_context(run_files.opened(config))
             for number in (signal.SIGTERM, signal.SIGINT):
                 resources.callback(signal.signal, number, signal.signal(number, self._on_signal))
             self._start()
-            self.wandb = WandbSink(
-                self.directory, config.wandb_mode, group=config.run_group, name=config.run_name, config=config.to_dict()
-            )
+            self.wandb = run_files.open_wandb(self.directory, config)
             resources.callback(self.wandb.finish)
+            self.lines = RunLog(self.log, self.wandb, self.seeds)
             self._resources = resources.pop_all()  # Nothing failed: all of it stays open.
         return self
 
-    def __exit__(self, error_type, *_):
+    def __exit__(self, error_type, error, _):
         with self._resources:
             if error_type is None:
                 self.writer.wait()
-                runs.write_summary(self.directory)
-                logging.info('done: %s', self.directory / 'summary.json')
+                run_files.write_summary(self.directory)
+            processes.explain(error, self._last_checkpoint)
 
     def _on_signal(self, number, frame):
-        if self._stop_signal == signal.SIGINT:  # A second Ctrl-C does not wait for the chunk to end.
+        if self._signal == signal.SIGINT:  # A second Ctrl-C does not wait for the chunk to end.
             raise KeyboardInterrupt
-        self._stop_signal = number
+        self._signal = number
+        if jax.process_count() == 1:  # Several stop at the same step: `_train` has them agree.
+            self._stop_signal = number
 
     # ------------------------------------------------------------------------------------------------------- starting
 
@@ -127,7 +125,8 @@ class Experiment:
             self.fingerprints = {**meta['data'], **self.fingerprints}
         agent_class = agent_registry.load(config.agent_name).AGENT
         example = datasets.example_batch(self._data[1])
-        self.agents = training.create_agents(agent_class, self.seeds, example, config.agent)
+        agents = training.create_agents(agent_class, self.seeds, example, config.agent)
+        self.agents = devices.place(agents, self.mesh, 'seed')
         if path is not None:
             self.agents = checkpoints.restore(path, self.agents)
         self._start_info = {'origin': origin, 'checkpoint': None if path is None else str(path)}
@@ -135,18 +134,11 @@ class Experiment:
         for line in config.describe().splitlines():
             logging.info('%s', line)
         logging.info('run directory: %s', self.directory)
+        logging.info('devices: %s', devices.describe(self.mesh))
         logging.info('start: %s%s, %s step %d', origin, f' ({path})' if path else '', self.phase, self.phase_step)
 
     def _write_config(self):
-        runs.write_json(
-            self.directory / 'config.json',
-            {
-                **self.config.to_dict(),
-                'start': self._start_info,
-                'data': self.fingerprints,
-                'environment': runs.environment_info(),
-            },
-        )
+        run_files.write_config(self.directory, self.config, start=self._start_info, data=self.fingerprints)
 
     def _load_phase(self, phase):
         """(phase, training set, validation set) in the host's memory; fits the normaliser if there is none yet."""
@@ -206,8 +198,9 @@ class Experiment:
             # Drawn on the host: once, and the data set may be larger than the device.
             self.agents = training.begin_finetuning(self.agents, batches.on_host(self._data[1]), keys)
             self._evaluation_due = True
-        if self._evaluation_due and not self._evaluate():
+        if self._evaluation_due and not self._evaluate(overlap=self.phase_step < total) and self._stop_signal:
             self._stop()  # What led here is on disk already.
+        processes.wait_for_all()
         self._train('finetuning', total)
 
     def _train(self, phase, total):
@@ -216,20 +209,27 @@ class Experiment:
         if self.phase_step >= total:
             return
         keys = training.stream_keys(self.seeds, phase)
-        ranges = diagnostics.observed_ranges(self._data[1])
+        ranges = devices.place(diagnostics.observed_ranges(self._data[1]), self.mesh)
         source = self._make_source(phase, keys)
+        keys = devices.place(keys, self.mesh, 'seed')
         n = self._chunk_size = source.n
         chunk, seconds = training.compile_chunk(self.agents, source.chunk(self.phase_step), keys, phase=phase, n=n)
         logging.info('%s: compiled a chunk of %d updates in %.1f s', phase, n, seconds)
-        validation, validation_keys = jax.device_put(self._data[2]), training.stream_keys(self.seeds, 'validation')
+        validation = devices.place(self._data[2], self.mesh)
+        validation_keys = devices.place(training.stream_keys(self.seeds, 'validation'), self.mesh, 'seed')
         validate = training.compile_validation(self.agents, validation, ranges, validation_keys, phase=phase)
-        bar = tqdm(total=total, initial=self.phase_step, desc=phase, unit='update', dynamic_ncols=True, smoothing=0.1)
+        bar = tqdm(
+            total=total, initial=self.phase_step, desc=phase, unit='update', dynamic_ncols=True, smoothing=0.1,
+            disable=not processes.is_first(),
+        )  # fmt: skip
         in_flight = None  # (end step, device metrics, validation metrics or None) of the chunk that is running.
         self._interval_began, self._paused = time.perf_counter(), 0.0
-        with bar, contextlib.closing(source):
+        profile = Profile(self.directory / 'profile' / phase, config.profile)
+        with bar, contextlib.closing(source), contextlib.closing(profile):
             while self.phase_step < total:
+                profile.before_chunk(self.agents, n)
                 drawn_from = source.chunk(self.phase_step)
-                self.agents, metrics = chunk(self.agents, drawn_from, keys, jnp.int32(self.phase_step))
+                self.agents, metrics = chunk(self.agents, drawn_from, keys, np.int32(self.phase_step))
                 self.phase_step += n
                 if in_flight is not None:
                     self._collect(*in_flight, bar)
@@ -238,16 +238,21 @@ class Experiment:
                 ends = self.phase_step >= total
                 validated = None
                 if logs or ends:  # Before the next chunk: it is given the agents' buffers.
-                    validated = validate(self.agents, validation, ranges, validation_keys, jnp.int32(self.phase_step))
+                    validated = validate(self.agents, validation, ranges, validation_keys, np.int32(self.phase_step))
                 in_flight = (self.phase_step, metrics, validated)
+                if logs and jax.process_count() > 1:
+                    self._stop_signal = processes.agree(self._signal or 0) or None
                 if evaluates or saves or ends or self._stop_signal:
                     self._collect(*in_flight, bar)
                     in_flight = None
                     paused = time.perf_counter()
-                    due = phase == 'finetuning' and (evaluates or ends) and not self._evaluate()
+                    due = phase == 'finetuning' and (evaluates or ends) and not self._evaluate(overlap=not ends)
+                    if not due:
+                        self._finish_evaluation()  # Of an earlier step, which is not what a checkpoint would hold.
                     if saves or ends or self._stop_signal:
                         self._save(keep=ends, evaluation_due=due)
                     self._paused += time.perf_counter() - paused
+                    processes.wait_for_all()
                     if self._stop_signal:
                         self._stop()
 
@@ -258,11 +263,12 @@ class Experiment:
         logging.info('%s: batches are drawn from data on the %s', phase, location)
         if location == 'device':
             self._data = (phase, None, self._data[2])  # The host's copy has served.
-            return batches.DeviceBatches(dataset, n)
+            return batches.DeviceBatches(dataset, n, self.mesh)
         return batches.HostBatches(dataset, n, agents=self.agents, keys=keys, block=self.config.block)
 
     def _collect(self, end_step, metrics, validated, bar):
         """Fetches one chunk's metrics, stops on NaN, and writes a log line where an interval ends."""
+        self._finish_evaluation(wait=False)
         metrics = jax.device_get(metrics)
         self._check_finite(metrics)
         self._partial.append({name: np.asarray(mean, np.float64).tolist() for name, (mean, _) in metrics.items()})
@@ -288,18 +294,12 @@ class Experiment:
             | speed
             for i in range(len(self.seeds))
         ]
-        self._write(self.offset + end_step, self.phase, lines)
+        self.lines.write(self.offset + end_step, self.phase, lines, self._wall_seconds)
         self._partial = []
         bar.set_postfix(
             {'updates/s': f'{updates_per_second:.0f}'}
             | ({} if self._last_return is None else {'return': self._last_return})
         )
-
-    def _write(self, step, phase, lines):
-        """One line of metrics for each seed, and a copy to wandb."""
-        for seed, line in zip(self.seeds, lines, strict=True):
-            self.log.write(step, phase, seed, {**line, runs.WALL_TIME_KEY: self._wall_seconds})
-        self.wandb.log_seeds(step, dict(zip(self.seeds, lines, strict=True)))
 
     @property
     def _wall_seconds(self):
@@ -321,39 +321,55 @@ class Experiment:
             f'last good checkpoint: {last}'
         )
         if self.config.nan_policy == 'stop':
+            self._finish_evaluation()
             raise TrainingDiverged(message)
         logging.warning('%s; --nan_policy=warn: training goes on', message)
 
     # ----------------------------------------------------------------------------------- evaluating, saving, stopping
 
-    def _evaluate(self) -> bool:
-        """Evaluates every seed and logs it; False if a stop signal cut it short, and the evaluation is still due."""
+    def _evaluate(self, overlap) -> bool:
+        """Evaluates every seed and logs it. False if that is still due: a stop signal cut it short, or, with `overlap`
+        and `--eval_async`, it has only been begun."""
         if self._make_evaluator is None:
             return True
-        if self._evaluator is None:
-            self._evaluator = self._resources.enter_context(contextlib.closing(self._make_evaluator()))
-        policy = training.make_policy(self.agents, self.normalizer, self.seeds)
-        step = self.offset + self.phase_step
-        results = self._evaluator.evaluate(
-            policy,
-            num_seeds=len(self.seeds),
-            seeds=self.seeds,
-            num_episodes=self.config.eval_episodes,
-            eval_index=step,
-            should_stop=lambda: self._stop_signal is not None,
-        )
+        if self._evaluations is None:
+            evaluations = RunEvaluations(
+                self._make_evaluator,
+                self.normalizer,
+                self.seeds,
+                self.config.eval_episodes,
+                record_video=self._record_video if self.config.video_episodes > 0 else None,
+                video_dir=self.directory / 'videos',
+                in_background=self.config.eval_async,
+            )
+            self._evaluations = self._resources.enter_context(contextlib.closing(evaluations))
+        self._finish_evaluation()
+        overlaps = overlap and self.config.eval_async and not self._stop_signal
+        # One that overlaps training is finished in spite of a signal: its policy is not in the next checkpoint.
+        should_stop = (lambda: False) if overlaps else (lambda: self._stop_signal is not None)
+        example = datasets.gather_observations(self._data[2], np.zeros(1, np.int32))
+        self._evaluations.begin(self.agents, self.offset + self.phase_step, example, should_stop)
+        self.lines.hold()
+        return not overlaps and self._finish_evaluation()
+
+    def _finish_evaluation(self, wait=True) -> bool:
+        """Logs the evaluation that was begun, if it is over or `wait`; False if a stop signal had cut it short."""
+        evaluation = None if self._evaluations is None else self._evaluations.finish(wait)
+        if evaluation is None:
+            return True
+        step, results, video = evaluation
         if results is None:
+            self.lines.release()
             return False
-        self._write(step, 'finetuning', [{f'evaluation/{k}': v for k, v in result.items()} for result in results])
+        lines = [{f'evaluation/{k}': v for k, v in result.items()} for result in results]
+        self.lines.release(step, 'finetuning', lines, self._wall_seconds)
         means = {name: float(np.mean([result[name] for result in results])) for name in results[0]}
         self._last_return = f'{means["episode.return"]:.1f}'
         logging.info(
             'evaluation at step %d: %s', step, ', '.join(f'{name} {value:.2f}' for name, value in means.items())
         )
-        if self.config.video_episodes > 0:
-            path = self.directory / 'videos' / f'step_{step}.mp4'
-            self._record_video(lambda observation: policy(observation[None])[0, 0], path)
-            self.wandb.log_video(step, path)
+        if video is not None:
+            self.wandb.log_video(step, video)
         return True
 
     def _save(self, *, keep, evaluation_due=False):
@@ -378,7 +394,7 @@ class Experiment:
             'partial_metrics': self._partial,
             'wall_seconds': self._wall_seconds,
         }
-        self.writer.save(step, self.agents, meta, keep=keep)
+        self.writer.save(step, devices.gather(self.agents), meta, keep=keep)
         self._last_checkpoint = self.directory / 'checkpoints' / str(step)
 
     def _stop(self):
@@ -386,5 +402,8 @@ class Experiment:
         self.writer.wait()
         name = signal.Signals(self._stop_signal).name
         step = self.offset + self.phase_step
-        print(f'{name}: stopped at step {step} of {self.directory}; run the same command again to resume', flush=True)
+        if processes.is_first():
+            print(
+                f'{name}: stopped at step {step} of {self.directory}; run the same command again to resume', flush=True
+            )
         raise SystemExit(0)

@@ -185,7 +185,8 @@ def resolve_settings(flag_values: flags.FlagValues = flags.FLAGS, phases: Sequen
 
 
 def set_up_jax(config: RunConfig) -> RunConfig:
-    """Configures JAX for a run, before its first computation: XLA's options, precision, compilation cache.
+    """Configures JAX for a run, before its first computation: XLA's options, the other processes, precision,
+    compilation cache.
 
     Returns:
         The configuration with `chunk_size` chosen for the device where it was 0.
@@ -193,6 +194,10 @@ def set_up_jax(config: RunConfig) -> RunConfig:
     append_xla_flags(config.xla_flags)
     import jax
 
+    if config.distributed:
+        from utils import processes
+
+        processes.join(config.coordinator_address, config.num_processes, config.process_id)
     jax.config.update('jax_default_matmul_precision', config.precision)
     if config.compilation_cache:
         _use_compilation_cache()

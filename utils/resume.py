@@ -35,7 +35,9 @@ FREE_SETTINGS = frozenset(
     {
         'save_dir', 'run_group', 'run_name', 'dataset_dir', 'dataset_location', 'eval_workers', 'video_episodes',
         'video_frame_skip', 'wandb_mode', 'compilation_cache', 'nan_policy', 'finetuning_steps', 'chunk_size',
-        'save_interval', 'preset', 'restore_path', 'sources', 'agent',
+        'save_interval', 'preset', 'restore_path', 'sources', 'agent', 'eval_async',
+        'mesh_seeds', 'mesh_batch', 'profile', 'distributed', 'coordinator_address', 'num_processes',
+        'process_id',
     }
 )  # fmt: skip
 

@@ -54,6 +54,7 @@ class RunConfig:
 
     eval_episodes: int = _flag(None, 'Episodes per seed and evaluation; 0 never evaluates.', minimum=0, preset=True)
     eval_workers: int = _flag(0, 'Processes that step environments; 0 takes one for each core.', minimum=0)
+    eval_async: bool = _flag(False, 'Go on training while an evaluation runs; the results are the same.')
     video_episodes: int = _flag(0, 'Episodes recorded as mp4 at each evaluation.', minimum=0)
     video_frame_skip: int = _flag(3, 'Steps from one frame of a video to the next.', minimum=1)
 
@@ -71,6 +72,13 @@ class RunConfig:
     p_aug: float = _flag(None, 'Probability of a random crop for a batch of images.', preset=True)
     frame_stack: int = _flag(None, 'Images stacked into one observation.', minimum=1, preset=True)
 
+    mesh_seeds: int = _flag(0, 'Devices that the seeds are spread over; 0 chooses.', minimum=0)
+    mesh_batch: int = _flag(0, 'Devices that share each batch; 0 chooses.', minimum=0)
+    distributed: bool = _flag(False, 'This is one of several processes that train one run.')
+    coordinator_address: str = _flag(None, 'Host:port of process 0, where SLURM, MPI or a TPU pod do not say it.')
+    num_processes: int = _flag(0, 'Processes of the run; 0 asks SLURM, MPI or the TPU pod.', minimum=0)
+    process_id: int = _flag(-1, 'Number of this process, from 0; -1 asks SLURM, MPI or the TPU pod.', minimum=-1)
+
     save_dir: str = _flag('exp', 'Runs are written to <save_dir>/<run_group>/<run_name>.')
     run_group: str = _flag(None, 'Folder of related runs; by default the name of the preset.')
     run_name: str = _flag(
@@ -86,6 +94,7 @@ class RunConfig:
         'Matrix products on an accelerator; a CPU always computes in float32.',
         choices=('highest', 'tensorfloat32', 'bfloat16'),
     )
+    profile: int = _flag(0, 'Updates of each phase to profile, into <run>/profile; 0 for none.', minimum=0)
     xla_flags: str = _flag('', 'Options for XLA, appended to XLA_FLAGS of the environment.')
 
     @property
@@ -138,7 +147,8 @@ def check_flags(values: dict[str, Any], task) -> None:
     for name, field in flag_fields().items():
         minimum = field.metadata['minimum']
         if minimum is not None and values[name] < minimum:
-            raise UserError(f'--{name}={values[name]}: expected {"a positive number" if minimum else "0 or more"}')
+            expected = 'a positive number' if minimum == 1 else f'{minimum} or more'
+            raise UserError(f'--{name}={values[name]}: expected {expected}')
     if values['seed'] + values['num_seeds'] - 1 > MAX_SEED:
         raise UserError(f'--seed={values["seed"]} --num_seeds={values["num_seeds"]}: seeds go up to {MAX_SEED}')
     if not 0 <= values['p_aug'] <= 1:

@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from utils import datasets, diagnostics
+from utils import datasets, devices, diagnostics
 
 # Streams of randomness; a seed's key of phase p at step t is fold_in(fold_in(key(seed), p), t), so a resumed run needs
 # only the step.
@@ -40,7 +41,7 @@ def over_seeds(function, agents, *others):
     on (1, H, H) as on (H, H).
     """
     if num_seeds(agents) > 1:
-        return jax.vmap(function)(agents, *others)
+        return jax.vmap(function, spmd_axis_name=devices.seed_axis())(agents, *others)
     outputs = function(*jax.tree.map(lambda x: x[0], (agents, *others)))
     return jax.tree.map(lambda x: x[None], outputs)
 
@@ -87,6 +88,7 @@ def _update(agent, source, key, step, phase, **options):
     """One update on a batch drawn from the data set `source`, or on `source` itself where that is a batch."""
     batch_key, update_key = step_keys(key, step)
     batch = draw(source, batch_key, batch_spec(agent)) if isinstance(source, datasets.Dataset) else source
+    batch = devices.spread(batch, 'batch')
     return (agent.pretrain if phase == 'pretraining' else agent.finetune)(batch, update_key, **options)
 
 
@@ -153,14 +155,18 @@ def train_chunk(agents, source, keys, start, *, phase: str, n: int):
     """
     chunk = _pretrain_chunk if phase == 'pretraining' else _finetune_chunk
     if isinstance(source, datasets.Dataset):
-        return over_seeds(lambda agent, key: chunk(agent, source, key, start, n), agents, keys)
-    return over_seeds(lambda agent, key, batches: chunk(agent, batches, key, start, n), agents, keys, source)
+        outputs = over_seeds(lambda agent, key: chunk(agent, source, key, start, n), agents, keys)
+    else:
+        outputs = over_seeds(lambda agent, key, batches: chunk(agent, batches, key, start, n), agents, keys, source)
+    agents, metrics = outputs
+    return devices.spread(agents, 'seed'), devices.spread(metrics)
 
 
 def compile_chunk(agents, source, keys, *, phase: str, n: int):
     """Compiles `train_chunk` ahead of time; returns (function of (agents, source, keys, start), seconds)."""
     began = time.perf_counter()
-    compiled = train_chunk.lower(agents, source, keys, jnp.int32(0), phase=phase, n=n).compile()
+    with devices.tracing(devices.mesh_of(agents)):
+        compiled = train_chunk.lower(agents, source, keys, np.int32(0), phase=phase, n=n).compile()
     return compiled, time.perf_counter() - began
 
 
@@ -186,12 +192,13 @@ def validation_metrics(agents, dataset, ranges, keys, step, *, phase: str):
             f'diagnostics/{name}': value for name, value in signs.items()
         }
 
-    return over_seeds(one_seed, agents, keys)
+    return devices.spread(over_seeds(one_seed, agents, keys))
 
 
 def compile_validation(agents, dataset, ranges, keys, *, phase: str):
     """Compiles `validation_metrics` ahead of time; returns a function of (agents, dataset, ranges, keys, step)."""
-    return validation_metrics.lower(agents, dataset, ranges, keys, jnp.int32(0), phase=phase).compile()
+    with devices.tracing(devices.mesh_of(agents)):
+        return validation_metrics.lower(agents, dataset, ranges, keys, np.int32(0), phase=phase).compile()
 
 
 @functools.partial(jax.jit, static_argnames='spec')
@@ -201,7 +208,8 @@ def _draw_labelled(dataset, keys, *, spec: BatchSpec):
 
 @functools.partial(jax.jit, donate_argnames='agents')
 def _begin_finetuning(agents, batches, keys):
-    return jax.vmap(lambda agent, batch, key: agent.begin_finetuning(batch, key))(agents, batches, keys)
+    begun = jax.vmap(lambda agent, batch, key: agent.begin_finetuning(batch, key))(agents, batches, keys)
+    return devices.spread(begun, 'seed')
 
 
 def begin_finetuning(agents, dataset, keys):
@@ -211,7 +219,9 @@ def begin_finetuning(agents, dataset, keys):
     spec = batch_spec(agents)
     spec = spec._replace(size=agents.config.get('num_latent_inference_samples', spec.size))
     drawn = _draw_labelled(dataset, jax.device_put(batch_keys, _device_of(dataset)), spec=spec)
-    return _begin_finetuning(agents, jax.device_put(drawn, _device_of(agents)), agent_keys)
+    mesh = devices.mesh_of(agents)
+    with devices.tracing(mesh):
+        return _begin_finetuning(agents, devices.place(drawn, mesh, 'seed'), devices.place(agent_keys, mesh, 'seed'))
 
 
 def _device_of(tree):
@@ -220,12 +230,25 @@ def _device_of(tree):
     return array.device if isinstance(array, jax.Array) else jax.local_devices()[0]
 
 
+def acting_part(agents, observations):
+    """The agents with a NumPy copy of each array that acting on observations (W, …) reads, and None for every other.
+
+    The copy is as good as the agents for `make_policy`, and stays when their buffers are given to `train_chunk`.
+    """
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), num_seeds(agents)))
+    traced = jax.make_jaxpr(_act.__wrapped__)(agents, keys, observations, 0.0).jaxpr
+    read = {id(variable) for equation in traced.eqns for variable in equation.invars}
+    leaves, structure = jax.tree.flatten(agents)
+    copies = [devices.fetch(x) if id(v) in read else None for x, v in zip(leaves, traced.invars, strict=False)]
+    return jax.tree.unflatten(structure, copies)
+
+
 def make_policy(agents, normalizer, seeds, temperature: float = 0.0):
     """A policy for evaluation: observations (W, …) from the simulator → actions (S, W, A) of every seed, as NumPy.
 
     At temperature 0 the actions are modes and the key plays no part.
     """
-    keys = stream_keys(seeds, 'act')
+    keys = jax.device_put(stream_keys(seeds, 'act'), _device_of(agents))
 
     def policy(observations):
         return jax.device_get(_act(agents, keys, normalizer(observations), temperature))

@@ -1,0 +1,40 @@
+"""Several devices: the tests of `four_devices.py`, in a process that has four."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from utils import devices
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.slow
+def test_four_virtual_devices():
+    flags = f'{os.environ.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count=4'
+    command = [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:xdist', 'tests/four_devices.py']
+    environment = {k: v for k, v in os.environ.items() if not k.startswith('PYTEST_')} | {'XLA_FLAGS': flags.strip()}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-4000:]
+
+
+def test_one_device_has_no_mesh():
+    """And so nothing is spread: a single device's programs are what they would be without `devices.py`."""
+    assert devices.make_mesh(8, 256) is None
+    assert devices.seed_axis() is None
+    batch = {'observations': object()}
+    assert devices.spread(batch, 'batch') is batch
+
+
+def test_a_cpu_computes_in_float32_at_every_precision():
+    matrix = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
+    exact = matrix.astype(np.float64) @ matrix
+    for precision in ('highest', 'tensorfloat32', 'bfloat16'):
+        with jax.default_matmul_precision(precision):
+            product = jax.jit(lambda x: x @ x)(matrix)
+        np.testing.assert_allclose(product, exact, atol=2e-5, err_msg=precision)
