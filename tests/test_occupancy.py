@@ -128,6 +128,8 @@ def test_which_agents_have_values_and_futures(name):
     agent = jax.eval_shape(lambda: agents.load(name).AGENT.create(jax.random.key(0), example, config))
     assert hasattr(agent, 'q_values') == (name not in ('crl_infonce', 'td_infonce'))
     if hasattr(agent, 'q_values'):
-        qs = jax.eval_shape(lambda agent, *inputs: agent.q_values(*inputs), agent, batch['observations'], batch['actions'])
+        qs = jax.eval_shape(
+            lambda agent, *inputs: agent.q_values(*inputs), agent, batch['observations'], batch['actions']
+        )
         assert qs.shape == (tiny.BATCH_SIZE,)
     assert occupancy.models_occupancy(agent) == (name == 'infom')
