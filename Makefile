@@ -22,7 +22,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 bench: $(INSTALLED)
-	$(BIN)/python -m benchmarks.throughput --agent=infom --preset=paper
+	$(BIN)/python -m benchmarks.suite
 
 .venv: $(INSTALLED)
 

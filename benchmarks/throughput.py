@@ -1,17 +1,18 @@
-"""Updates per second of an agent's compiled training loop, side by side with the host loop that the field uses.
+"""Updates per second of an agent's compiled training loop; of InFOM's, side by side with the host loop of the field.
 
-    python -m benchmarks.throughput --agent=infom --preset=paper [--env_name=cube-single-play-singletask-task1-v0]
+    python -m benchmarks.throughput --agent=infom --preset=paper [--env_name=…] [--num_seeds=8]
 
 Both loops get the same synthetic data of the task's shapes and take turns (ours, host, ours, host, …), so that whatever
 else the machine does meets both. Prints a table, then, as the last line, one JSON object; a ratio is the host loop's
 time over ours, the median over the pairs of turns. No simulator and no data file is needed. The host loop and its
-losses are in `benchmarks/host_loop.py`.
-
-It takes states only: of an image task (synthetic uint8 images) our loop is measured alone, and there is no ratio.
+losses are in `benchmarks/host_loop.py`: InFOM on states, one seed; of anything else our loop is measured alone.
+`benchmarks/suite.py` runs several of these and keeps what they say.
 """
 
 import dataclasses
+import functools
 import json
+import math
 import os
 import platform
 import statistics
@@ -29,10 +30,9 @@ from tqdm import tqdm
 
 import agents
 import envs
-from benchmarks import host_loop
+from benchmarks import arithmetic, host_loop
 from utils import cli, presets, training
 from utils.datasets import Dataset, example_batch
-from utils.errors import UserError
 from utils.flows import clipping_bounds
 from utils.normalizers import Normalizer
 
@@ -42,7 +42,7 @@ PHASES = ('pretraining', 'finetuning')
 JSON_PREFIX = {'pretraining': 'pretrain', 'finetuning': 'finetune'}
 EPISODE_LENGTH = 1000
 
-flags.DEFINE_string('agent', 'infom', f'agent to measure: {", ".join(HOST_LOOPS)}')
+flags.DEFINE_string('agent', 'infom', f'agent to measure: {", ".join(agents.available())}')
 flags.DEFINE_string('env_name', 'cube-single-play-singletask-task1-v0', 'task whose shapes and settings are used')
 flags.DEFINE_enum('preset', 'paper', list(presets.PRESETS), 'sizes of the networks')
 flags.DEFINE_integer('updates', 32, 'pre-training updates in each turn of a loop', lower_bound=1)
@@ -51,15 +51,22 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_integer('repeats', 7, 'turns of each loop in each phase', lower_bound=1)
 flags.DEFINE_integer('rows', 100_000, 'rows of the synthetic data', lower_bound=10)
+flags.DEFINE_integer('num_seeds', 1, 'seeds trained side by side', lower_bound=1)
 
 
 @dataclasses.dataclass
 class Loop:
-    """`run()` makes `updates` updates and waits for them; `first_seconds`: the first turn, compilation included."""
+    """`run()` makes `updates` updates and waits for them; `first_seconds`: the first turn, compilation included.
+
+    gflop: matrix products' arithmetic of one update of one seed. megabytes: memory of the compiled program, its
+    arguments (agents and data) included.
+    """
 
     run: Callable[[], None]
     updates: int
     first_seconds: float
+    gflop: float | None = None
+    megabytes: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,8 +115,6 @@ def synthetic_rows(rows: int, observation_shape: tuple[int, ...], action_dim: in
 def make_problem(agent: str, env_name: str, preset: str, rows: int) -> Problem:
     """The preset's networks and synthetic data of the task's shapes. Raises UserError for what cannot be measured."""
     name, task = agents.resolve(agent), envs.task_spec(env_name)
-    if name not in HOST_LOOPS and not task.visual:
-        raise UserError(f'--agent={agent}: no host loop to compare it with; expected one of {", ".join(HOST_LOOPS)}')
     module = agents.load(name)
     settings = presets.resolve(name, env_name, preset)
     config = module.get_config()
@@ -128,23 +133,35 @@ def timed(run) -> float:
     return time.perf_counter() - began
 
 
-def our_loop(problem: Problem, phase: str, updates: int, seed: int = 0) -> Loop:
-    """The agent in the compiled chunk of `utils/training.py`, data on the device."""
+def our_loop(problem: Problem, phase: str, updates: int, num_seeds: int = 1) -> Loop:
+    """The agent in the compiled chunk of `utils/training.py`, data on the device, seeds 0, 1, … side by side."""
     dataset = jax.device_put(problem.dataset(phase))
-    state = training.create_agents(problem.agent_class, [seed], problem.example, problem.config)
-    keys = training.stream_keys([seed], phase)
+    seeds = list(range(num_seeds))
+    state = training.create_agents(problem.agent_class, seeds, problem.example, problem.config)
+    keys = training.stream_keys(seeds, phase)
+    traced = functools.partial(training.train_chunk.__wrapped__, phase=phase, n=updates)
+    gflop = arithmetic.matmul_flops(traced, state, dataset, keys, jnp.int32(0)) / updates / num_seeds / 1e9
     began = time.perf_counter()
     chunk, _ = training.compile_chunk(state, dataset, keys, phase=phase, n=updates)
     start = 0
 
     def run():
         nonlocal state, start
-        state, metrics = chunk(state, dataset, keys, jnp.int32(start))
+        state, metrics = chunk(state, dataset, keys, np.int32(start))
         start += updates
         jax.block_until_ready((state, metrics))
 
     run()
-    return Loop(run, updates, time.perf_counter() - began)
+    return Loop(run, updates, time.perf_counter() - began, gflop, megabytes_of(chunk))
+
+
+def megabytes_of(compiled) -> float | None:
+    """Memory of a compiled program while it runs; None where the backend does not say."""
+    memory = compiled.memory_analysis()
+    if memory is None:
+        return None
+    sizes = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    return (sizes - memory.alias_size_in_bytes) / 1e6
 
 
 def plain_loop(problem: Problem, phase: str, updates: int, seed: int = 0) -> Loop:
@@ -179,8 +196,11 @@ def measure(loops: dict[str, Loop], repeats: int, description: str):
     return times
 
 
-def summarize(loops: dict[str, Loop], times):
-    """Medians of one phase's measurements, with the spread of the paired ratios where there is a host loop."""
+def summarize(loops: dict[str, Loop], times, num_seeds: int = 1, matmul_gflops: float | None = None):
+    """Medians of one phase's measurements, with the spread of the paired ratios where there is a host loop.
+
+    matmul_gflops: the device's rate of matrix products (10⁹/s), for the share of it that our loop reaches.
+    """
     summary = {}
     for name, loop in loops.items():
         prefix = '' if name == 'ours' else f'{name}_'
@@ -194,7 +214,15 @@ def summarize(loops: dict[str, Loop], times):
     if 'host' in loops:
         ratios = [host / ours for host, ours in zip(times['host'], times['ours'])]
         summary |= {'ratio': statistics.median(ratios), 'ratio_min': min(ratios), 'ratio_max': max(ratios)}
-    return summary | {'updates': loops['ours'].updates}
+    ours = loops['ours']
+    summary |= {'updates': ours.updates, 'seed_updates_per_second': num_seeds * summary['updates_per_second']}
+    if ours.gflop is not None:
+        summary['gflop'] = ours.gflop
+        if matmul_gflops is not None:
+            summary['matmul_share'] = ours.gflop * summary['seed_updates_per_second'] / matmul_gflops
+    if ours.megabytes is not None:
+        summary['megabytes'] = ours.megabytes
+    return summary
 
 
 def machine() -> dict:
@@ -218,41 +246,48 @@ def machine() -> dict:
 
 
 def table(results) -> str:
-    lines = [
-        f'{"phase":<14}{"loop":<8}{"ms/update":>11}{"updates/s":>11}{"compile s":>11}{"ratio":>8}  range over pairs'
-    ]
+    header = f'{"phase":<14}{"loop":<8}{"ms/update":>11}{"updates/s":>11}{"compile s":>11}'
+    lines = [f'{header}{"GFLOP":>9}{"of matmul":>11}{"MB":>8}{"ratio":>8}  range over pairs']
     for phase, result in results.items():
-        rows = [('ours', '', '')]
         if 'ratio' in result:
-            ratio = f'{result["ratio"]:8.2f}  {result["ratio_min"]:.2f}–{result["ratio_max"]:.2f}'
-            rows = [('host', 'host_', ''), ('ours', '', ratio)]
-        for loop, prefix, end in rows:
-            columns = (result[prefix + name] for name in ('ms', 'updates_per_second', 'compile_seconds'))
-            lines.append(f'{phase:<14}{loop:<8}' + ''.join(f'{column:11.1f}' for column in columns) + end)
+            columns = [result[f'host_{name}'] for name in ('ms', 'updates_per_second', 'compile_seconds')]
+            lines.append(f'{phase:<14}{"host":<8}' + ''.join(f'{column:11.1f}' for column in columns))
+        columns = [result[name] for name in ('ms', 'seed_updates_per_second', 'compile_seconds')]
+        line = f'{phase:<14}{"ours":<8}' + ''.join(f'{column:11.1f}' for column in columns)
+        line += f'{result.get("gflop", math.nan):9.2f}{result.get("matmul_share", math.nan):11.0%}'
+        line += f'{result.get("megabytes", math.nan):8.0f}'
+        if 'ratio' in result:
+            line += f'{result["ratio"]:8.2f}  {result["ratio_min"]:.2f}–{result["ratio_max"]:.2f}'
+        lines.append(line)
     return '\n'.join(lines)
 
 
 def main(_):
     values = flags.FLAGS
     about = machine()
-    problem = make_problem(values.agent, values.env_name, values.preset, values.rows)
+    agent, task = agents.resolve(values.agent), envs.task_spec(values.env_name)
+    problem = make_problem(agent, values.env_name, values.preset, values.rows)
     period = problem.config.actor_freq
     updates = {'pretraining': values.updates, 'finetuning': -(-values.finetuning_updates // period) * period}
-    results = {}
+    results, rates = {}, []
     for phase in PHASES:
-        loops = {'ours': our_loop(problem, phase, updates[phase])}
-        if not envs.task_spec(values.env_name).visual:
+        loops = {'ours': our_loop(problem, phase, updates[phase], values.num_seeds)}
+        if agent in HOST_LOOPS and not task.visual and values.num_seeds == 1:
             loops['host'] = plain_loop(problem, phase, updates[phase])
-        results[phase] = summarize(loops, measure(loops, values.repeats, phase))
+        rates.append(arithmetic.measure_matmul_rate() / 1e9)
+        times = measure(loops, values.repeats, phase)
+        rates.append(arithmetic.measure_matmul_rate() / 1e9)
+        results[phase] = summarize(loops, times, values.num_seeds, max(rates))
 
     shapes = {k: '×'.join(map(str, problem.raw[k].shape[1:])) for k in ('observations', 'actions')}
     print(
-        f'{agents.resolve(values.agent)}, preset {values.preset}, {values.env_name}: {shapes["observations"]} '
-        f'observation and {shapes["actions"]} action dimensions, batch {problem.config.batch_size}, one seed, '
-        f'{values.repeats} turns\n'
-        f'{about["cores"]} cores of {about["processor"]}, load {about["load_average"]}\n\n{table(results)}\n'
+        f'{agent}, preset {values.preset}, {values.env_name}: {shapes["observations"]} observation and '
+        f'{shapes["actions"]} action dimensions, batch {problem.config.batch_size}, {values.num_seeds} seed(s) side by '
+        f'side, {values.repeats} turns\n{about["cores"]} cores of {about["processor"]}, load {about["load_average"]}; '
+        f'matrix products at {max(rates):.0f} GFLOP/s on {about["device"]}\n\n{table(results)}\n'
     )
-    report = {'agent': values.agent, 'preset': values.preset, 'env_name': values.env_name, 'repeats': values.repeats}
+    report = {name: getattr(values, name) for name in ('preset', 'env_name', 'num_seeds', 'repeats')}
+    report |= {'agent': agent, 'matmul_gflops': round(max(rates), 1)}
     for phase, result in results.items():
         report.update({f'{JSON_PREFIX[phase]}_{name}': round(value, 4) for name, value in result.items()})
     print(json.dumps({**report, **about}))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import host_loop, throughput
+from benchmarks import arithmetic, host_loop, suite, throughput
 from tests.tiny import ACTION_DIM, STATE_DIM, make_agent, make_batch, make_dataset, random_walks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -133,7 +133,10 @@ def test_images_are_measured_without_a_ratio():
     assert problem.example['observations'].shape == (1, 64, 64, 9)
     loops = {'ours': throughput.Loop(lambda: None, updates=4, first_seconds=2.0)}
     summary = throughput.summarize(loops, {'ours': [100.0, 300.0, 200.0]})
-    assert summary == {'ms': 200.0, 'updates_per_second': 5.0, 'compile_seconds': pytest.approx(1.2), 'updates': 4}
+    assert summary == {
+        'ms': 200.0, 'updates_per_second': 5.0, 'compile_seconds': pytest.approx(1.2), 'updates': 4,
+        'seed_updates_per_second': 5.0,
+    }  # fmt: skip
     assert 'host' not in throughput.table({'pretraining': summary})
 
 
@@ -151,3 +154,64 @@ def test_what_cannot_be_measured_gets_one_line(flag, expected):
     )
     assert result.returncode == 2
     assert expected in result.stderr and len(result.stderr.strip().splitlines()) == 1
+
+
+def test_arithmetic_is_that_of_products_as_often_as_they_run():
+    x, w = jnp.ones((3, 4)), jnp.ones((4, 5))
+    assert arithmetic.matmul_flops(lambda x, w: jnp.tanh(x @ w), x, w) == 2 * 3 * 4 * 5
+
+    def loop(x):
+        return jax.lax.scan(lambda x, _: (jax.nn.relu(x @ jnp.eye(4)), None), x, None, length=7)[0]
+
+    assert arithmetic.matmul_flops(jax.jit(loop), x) == 7 * 2 * 3 * 4 * 4
+    assert arithmetic.matmul_flops(jax.vmap(loop), jnp.ones((2, 3, 4))) == 2 * 7 * 2 * 3 * 4 * 4
+    # Forward product, and backward one for the kernel (the input is a constant).
+    assert arithmetic.matmul_flops(jax.grad(lambda w: (x @ w).sum()), w) == 2 * (2 * 3 * 4 * 5)
+    branches = lambda flag: jax.lax.cond(flag, lambda: (x @ w).sum(), lambda: 0.0)  # noqa: E731
+    assert arithmetic.matmul_flops(branches, True) == 2 * 3 * 4 * 5
+    images, kernel = jnp.ones((2, 8, 8, 3)), jnp.ones((3, 3, 3, 16))
+
+    def convolve(images, kernel):
+        layout = ('NHWC', 'HWIO', 'NHWC')
+        return jax.lax.conv_general_dilated(images, kernel, (1, 1), 'SAME', dimension_numbers=layout)
+
+    assert arithmetic.matmul_flops(convolve, images, kernel) == 2 * (2 * 8 * 8 * 16) * (3 * 3 * 3)
+
+
+def test_shares_are_arithmetic_over_time_and_rate():
+    loops = {'ours': throughput.Loop(lambda: None, updates=4, first_seconds=1.0, gflop=3.0)}
+    summary = throughput.summarize(loops, {'ours': [100.0]}, num_seeds=2, matmul_gflops=120.0)
+    assert summary['seed_updates_per_second'] == 20
+    assert summary['matmul_share'] == 0.5  # 3 GFLOP, 20 times a second, of 120.
+
+
+def test_any_agent_is_measured_alone():
+    problem = throughput.make_problem('iql', 'cheetah_run', 'smoke', rows=2000)
+    loop = throughput.our_loop(problem, 'pretraining', updates=2, num_seeds=2)
+    loop.run()
+    assert loop.gflop > 0 and loop.megabytes > 0
+
+
+def test_the_suite_keeps_one_line_for_each_entry_and_device(tmp_path):
+    report = {
+        'date': '2026-01-02', 'device': 'cpu', 'processor': 'P', 'cores': 2, 'agent': 'iql', 'env_name': 'cheetah_run',
+        'preset': 'paper', 'num_seeds': 1, 'matmul_gflops': 100.0, 'versions': {'jax': '1'},
+    }  # fmt: skip
+    for phase in ('pretrain', 'finetune'):
+        report |= {f'{phase}_ms': 2.0, f'{phase}_seed_updates_per_second': 500.0, f'{phase}_compile_seconds': 1.0}
+    assert suite.same_place(report, {**report, 'date': '2026-01-03', 'pretrain_ms': 9.0})
+    assert not suite.same_place(report, {**report, 'device': 'gpu'})
+    assert not suite.same_place(report, {**report, 'num_seeds': 8})
+    suite.write(tmp_path, [report, {**report, 'device': 'gpu'}])
+    text = (tmp_path / 'README.md').read_text()
+    assert text.count('| iql | states | paper | 1 | pre-training | 2.0 | 500.0 | 1.0 |') == 2
+    assert '## cpu: 2 cores of P' in text and '## gpu: 2 cores of P' in text
+    assert [json.loads(line)['device'] for line in (tmp_path / 'throughput.jsonl').open()] == ['cpu', 'gpu']
+
+
+def test_every_entry_of_the_suite_can_be_measured():
+    for entries in suite.ENTRIES.values():
+        for entry in entries:
+            known = {flag: entry.get(flag, default) for flag, default in
+                     (('agent', None), ('env_name', suite.CUBE), ('preset', 'paper'))}  # fmt: skip
+            assert throughput.make_problem(*known.values(), rows=20).config.batch_size > 0

@@ -1,0 +1,152 @@
+"""Throughput of several agents, sizes and seeds: one process each, one table for all.
+
+    python -m benchmarks.suite [--only=iql,infom] [--output=results/throughput]
+
+Runs `benchmarks.throughput` for every entry of the device's kind, one after the other, so that each has the machine and
+its memory to itself. Leaves `throughput.jsonl` (a line for each entry, machine and versions included; another device's
+lines are kept) and `README.md` (the table) in the output folder, written anew after every entry: an interrupted suite
+keeps what it has.
+"""
+
+import datetime
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from absl import flags
+from tqdm import tqdm
+
+from utils import cli, runs
+from utils.errors import UserError
+
+FLAGS = flags.FLAGS
+
+BASELINES = (
+    'iql', 'rebrac', 'dino_rebrac', 'mbpo_rebrac', 'crl_infonce', 'td_infonce', 'fb_iql', 'hilp_iql',
+)  # fmt: skip
+CUBE = 'cube-single-play-singletask-task1-v0'
+# Flags of `benchmarks.throughput` for each entry. On a CPU a paper-size update of InFOM on images takes seconds.
+CPU_LENGTH = {'updates': 8, 'finetuning_updates': 4, 'repeats': 5}
+ENTRIES = {
+    'cpu': [
+        {'agent': 'infom', **CPU_LENGTH},
+        *({'agent': agent, **CPU_LENGTH} for agent in BASELINES),
+        {'agent': 'infom', 'preset': 'small', 'updates': 100, 'finetuning_updates': 40, 'repeats': 5},
+        {'agent': 'infom', 'preset': 'small', 'num_seeds': 4, 'updates': 40, 'finetuning_updates': 20, 'repeats': 5},
+        {
+            'agent': 'infom', 'env_name': f'visual-{CUBE}', 'preset': 'small', 'rows': 2_000,
+            'updates': 2, 'finetuning_updates': 2, 'repeats': 3,
+        },
+    ],
+    'gpu': [
+        *({'agent': 'infom', 'num_seeds': n, 'updates': 500, 'finetuning_updates': 200} for n in (1, 4, 8, 16)),
+        *({'agent': agent, 'updates': 500, 'finetuning_updates': 200} for agent in BASELINES),
+        {
+            'agent': 'infom', 'env_name': f'visual-{CUBE}', 'rows': 20_000, 'updates': 100, 'finetuning_updates': 40,
+        },
+    ],
+}  # fmt: skip
+COLUMNS = ('agent', 'shapes', 'preset', 'seeds', 'phase', 'ms/update', 'seed-updates/s', 'compile s', 'GFLOP',
+           'of matmul', 'MB', 'host loop ÷ ours')  # fmt: skip
+
+
+def command(entry) -> list[str]:
+    return [sys.executable, '-m', 'benchmarks.throughput', *(f'--{name}={value}' for name, value in entry.items())]
+
+
+def measure(entry) -> dict:
+    """The JSON line of one entry. Raises UserError with the last line of its errors if it fails."""
+    result = subprocess.run(command(entry), capture_output=True, text=True, check=False)
+    if result.returncode:
+        message = (result.stderr.strip().splitlines() or ['no message'])[-1]
+        raise UserError(f'{" ".join(command(entry)[1:])}: {message}')
+    report = json.loads(result.stdout.splitlines()[-1])
+    return {'date': datetime.datetime.now(datetime.UTC).date().isoformat(), 'flags': entry, **report}
+
+
+def same_place(report, other) -> bool:
+    """Whether two lines are of one entry on one device."""
+    return all(report[key] == other[key] for key in ('device', 'processor', 'agent', 'env_name', 'preset', 'num_seeds'))
+
+
+def rows(report) -> list[list[str]]:
+    """The table's two rows of one line, one for each phase."""
+    table = []
+    for phase, name in (('pretrain', 'pre-training'), ('finetune', 'fine-tuning')):
+        values = {key.removeprefix(f'{phase}_'): value for key, value in report.items() if key.startswith(phase)}
+        ratio = ''
+        if 'ratio' in values:
+            ratio = f'{values["ratio"]:.2f} ({values["ratio_min"]:.2f}–{values["ratio_max"]:.2f})'
+        share = f'{values["matmul_share"]:.0%}' if 'matmul_share' in values else ''
+        table.append([
+            report['agent'], 'images' if report['env_name'].startswith('visual-') else 'states', report['preset'],
+            str(report['num_seeds']), name, f'{values["ms"]:.1f}', f'{values["seed_updates_per_second"]:.1f}',
+            f'{values["compile_seconds"]:.1f}', f'{values.get("gflop", 0):.2f}', share,
+            f'{values.get("megabytes", 0):.0f}', ratio,
+        ])  # fmt: skip
+    return table
+
+
+def markdown(reports) -> str:
+    """One table for each device, in the order of measurement."""
+    lines = [
+        '# Throughput',
+        '',
+        'Written by `python -m benchmarks.suite` (`make bench`): synthetic data of the task’s shapes, median over',
+        'turns. GFLOP: arithmetic of the matrix products in one update of one seed. Of matmul: that arithmetic over',
+        'the time, as a share of the rate of plain matrix products (256 × 512 by 512 × 512) in the same run. MB: the',
+        'program with its data. Last column: time of the plain host loop over ours, median and range over pairs.',
+    ]
+    places = {(report['device'], report['processor'], report['cores']): report for report in reports}
+    for place, report in places.items():
+        device, processor, cores = place
+        versions = ', '.join(f'{name} {version}' for name, version in report['versions'].items())
+        rates = [r['matmul_gflops'] for r in reports if (r['device'], r['processor'], r['cores']) == place]
+        dates = sorted({r['date'] for r in reports if (r['device'], r['processor'], r['cores']) == place})
+        lines += [
+            '',
+            f'## {device}: {cores} cores of {processor}',
+            '',
+            f'{", ".join(dates)}; {versions}; plain matrix products at {min(rates):.0f} to {max(rates):.0f} GFLOP/s.',
+            '',
+            '| ' + ' | '.join(COLUMNS) + ' |',
+            '| ' + ' | '.join('---' for _ in COLUMNS) + ' |',
+        ]
+        for r in reports:
+            if (r['device'], r['processor'], r['cores']) == place:
+                lines += ['| ' + ' | '.join(row) + ' |' for row in rows(r)]
+    return '\n'.join(lines) + '\n'
+
+
+def write(directory: Path, reports) -> None:
+    for name, text in (
+        ('throughput.jsonl', ''.join(json.dumps(report) + '\n' for report in reports)),
+        ('README.md', markdown(reports)),
+    ):
+        with runs.atomic_path(directory / name) as temporary:
+            temporary.write_text(text, encoding='utf-8')
+
+
+def main(_):
+    import jax
+
+    kind = 'cpu' if jax.default_backend() == 'cpu' else 'gpu'
+    entries = [entry for entry in ENTRIES[kind] if not FLAGS.only or entry['agent'] in FLAGS.only]
+    if not entries:
+        raise UserError(f'--only={",".join(FLAGS.only)}: no entry of the suite has such an agent')
+    directory = Path(FLAGS.output)
+    runs.require_writable(directory)
+    path = directory / 'throughput.jsonl'
+    reports = [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()] if path.exists() else []
+    for entry in tqdm(entries, desc='suite', unit='entry'):
+        report = measure(entry)
+        reports = [other for other in reports if not same_place(report, other)] + [report]
+        write(directory, reports)
+    print(markdown(reports))
+
+
+if __name__ == '__main__':
+    flags.DEFINE_list('only', [], 'Agents to measure; empty for all of the suite.')
+    flags.DEFINE_string('output', 'results/throughput', 'Folder of throughput.jsonl and README.md.')
+    cli.run(main)
