@@ -33,7 +33,10 @@ FLAGS = flags.FLAGS
 IDENTITY = ('run', 'method', 'agent', 'env_name', 'domain', 'seed', 'phase', 'step')
 SCORES = ('evaluations', 'first', 'final', 'final_three', 'best', 'drop', 'stability')
 # Signs of a critic or a flow that diverges, reported beside each score where a run has them.
-DIAGNOSTICS = ('validation/flow_loss', 'training/q_mean', 'validation/q_mean', 'training/actor_mse')
+DIAGNOSTICS = (
+    'validation/flow_loss', 'diagnostics/flow_outside', 'training/q_mean', 'validation/q_mean', 'diagnostics/q_outside',
+    'training/actor_mse',
+)  # fmt: skip
 
 
 def write_results(collection: Collection, path: Path, patterns: Sequence[str]) -> int:
