@@ -13,7 +13,7 @@ from utils.profiling import Profile
 
 def test_a_run_writes_a_profile_of_each_phase(tmp_path):
     """With the very metrics of a run without one."""
-    config = make_config(tmp_path, '--profile=5', '--log_interval=4')
+    config = make_config(tmp_path, '--agent=iql', '--profile=5', '--log_interval=4')
     run(config)
     for phase in ('pretraining', 'finetuning'):
         (directory,) = (config.run_dir / 'profile' / phase / 'plugins' / 'profile').iterdir()

@@ -14,7 +14,7 @@ from utils.errors import UserError
 from utils.experiment import Experiment
 
 # Saved less often than evaluated: some checkpoints fall on an evaluation, some evaluations span a log line.
-ARGUMENTS = '--save_interval=16', '--log_interval=4', '--eval_interval=12'
+ARGUMENTS = '--agent=iql', '--save_interval=16', '--log_interval=4', '--eval_interval=12'
 
 
 class SlowEvaluator(CountingEvaluator):

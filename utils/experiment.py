@@ -224,7 +224,7 @@ class Experiment:
         )  # fmt: skip
         in_flight = None  # (end step, device metrics, validation metrics or None) of the chunk that is running.
         self._interval_began, self._paused = time.perf_counter(), 0.0
-        profile = Profile(self.directory / 'profile' / phase, config.profile)
+        profile = Profile(self.directory / 'profile' / phase, config.profile if processes.is_first() else 0)
         with bar, contextlib.closing(source), contextlib.closing(profile):
             while self.phase_step < total:
                 profile.before_chunk(self.agents, n)
