@@ -209,7 +209,7 @@ def test_images_are_not_normalised():
         ('--agent.alpha=much', r'--agent.alpha=much: could not convert'),
         ('--agent.latent_dim=1.5', r'--agent.latent_dim=1.5: invalid literal'),
         ('--agent.actor_hidden_dims=wide', 'expected a tuple'),
-        ('--preset=tiny', r'value should be one of <paper\|small\|smoke>'),
+        ('--preset=tiny', r'value should be one of <paper\|published\|small\|smoke>'),
         ('--precision=float8', 'value should be one of'),
         ('--seed=one', '--seed=one'),
         ('--flagfile=/nowhere', 'Unable to open flagfile'),

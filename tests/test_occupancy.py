@@ -65,7 +65,9 @@ class KnownOccupancy(flax.struct.PyTreeNode):
     representation: None = None
     config: ml_collections.FrozenConfigDict = flax.struct.field(
         pytree_node=False,
-        default=ml_collections.FrozenConfigDict({'discount': 0.9, 'latent_dim': 2, 'intention_encoder': 'hilp'}),
+        default=ml_collections.FrozenConfigDict(
+            {'discount': 0.9, 'latent_dim': 2, 'intention_encoder': 'hilp', 'policy_extraction': 'gpi'}
+        ),
     )
 
     def features(self, params, observations):

@@ -1,9 +1,10 @@
 """The sweep files: valid for wandb, every combination a run that main.py accepts, the published values all there; and
 how a file expands.
 
-`wandb_sweep_schema.json` is schema.json of wandb's package sweeps 0.2.0 (copyright Weights & Biases, MIT licence).
+The schema is that of wandb's package `sweeps`, whose name our folder shares: it is read as a file, and never imported.
 """
 
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -24,7 +25,9 @@ from utils.presets import published_table
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / 'sweeps').glob('*.yaml'))
-SCHEMA = json.loads((Path(__file__).parent / 'wandb_sweep_schema.json').read_text())
+SCHEMA = json.loads(
+    Path(importlib.metadata.distribution('sweeps').locate_file('sweeps/config/schema.json')).read_text()
+)
 SUITES = {True: 'ogbench', False: 'exorl'}  # by whether the task's name has 'singletask'
 
 
