@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.mark.slow
 def test_four_virtual_devices():
     flags = f'{os.environ.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count=4'
-    command = [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:xdist', 'tests/four_devices.py']
+    command = [sys.executable, '-m', 'pytest', '-q', '-x', 'tests/four_devices.py']
     environment = {k: v for k, v in os.environ.items() if not k.startswith('PYTEST_')} | {'XLA_FLAGS': flags.strip()}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-4000:]

@@ -16,7 +16,7 @@ from utils.errors import ProcessLost
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[1]
-LONG = '--pretraining_steps=4000', '--log_interval=40', '--save_interval=200', '--chunk_size=40'
+LONG = '--pretraining_steps=4000', '--log_interval=40', '--eval_interval=40', '--save_interval=200', '--chunk_size=40'
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -48,7 +48,8 @@ def running():
     yield started
     for process in started:
         process.kill()
-        process.communicate()
+        process.wait()
+        process.stdout.close()
 
 
 def finish(process, timeout=300):

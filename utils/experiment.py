@@ -26,7 +26,7 @@ from utils.errors import TrainingDiverged, UserError
 from utils.normalizers import Normalizer
 from utils.profiling import Profile
 from utils.run_evaluations import RunEvaluations
-from utils.run_log import RunLog
+from utils.run_log import RunLog, interval_lines
 
 
 class Experiment:
@@ -281,19 +281,7 @@ class Experiment:
             len(self._partial) * self._chunk_size / max(now - self._interval_began - self._paused, 1e-9)
         )
         self._interval_began, self._paused = now, 0.0
-        speed = {
-            'time/updates_per_second': updates_per_second,
-            'time/seed_updates_per_second': updates_per_second * len(self.seeds),
-        }
-        lines = [
-            {
-                f'training/{name}': float(np.mean([chunk[name][i] for chunk in self._partial]))
-                for name in self._partial[0]
-            }
-            | {name: float(values[i]) for name, values in validated.items()}
-            | speed
-            for i in range(len(self.seeds))
-        ]
+        lines = interval_lines(self._partial, validated, updates_per_second, len(self.seeds))
         self.lines.write(self.offset + end_step, self.phase, lines, self._wall_seconds)
         self._partial = []
         bar.set_postfix(

@@ -1,6 +1,25 @@
 """A run's metrics as they come in: to `metrics.jsonl` and to wandb, in the order of steps."""
 
+import numpy as np
+
 from utils import runs
+
+
+def interval_lines(chunks, validated, updates_per_second: float, num_seeds: int):
+    """One line for each seed on the updates since the last: {name: value}.
+
+    chunks: {metric: (S,)} of each chunk, whose mean is training/<metric>. validated: {name: (S,)}, names complete.
+    """
+    speed = {
+        'time/updates_per_second': updates_per_second,
+        'time/seed_updates_per_second': updates_per_second * num_seeds,
+    }
+    return [
+        {f'training/{name}': float(np.mean([chunk[name][i] for chunk in chunks])) for name in chunks[0]}
+        | {name: float(values[i]) for name, values in validated.items()}
+        | speed
+        for i in range(num_seeds)
+    ]
 
 
 class RunLog:
