@@ -2,7 +2,8 @@
 
 Importing this package is cheap: no simulator is loaded before `make_env` is called. Simulators live in
 `ogbench_env.py` and `exorl_env.py`; getting data sets in `collect_*.py`, `download_*.py` and `convert_exorl.py`;
-loading them in `data.py`; a user's own data and environments in `custom.py`. Nothing here knows about the agents of `agents/`.
+loading them in `data.py`; a user's own data and environments in `custom.py`. Nothing here knows about the agents of
+`agents/`.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""A user's own data set, from an npz file, an HDF5 file or Minari, and a registered gymnasium environment to evaluate in.
+"""A user's own data set, an npz or HDF5 file or one of Minari's, and a gymnasium environment to evaluate in.
 
 One data set serves both phases: pre-training sees it without its rewards, fine-tuning with them. Its last episodes are
 the validation set. What a file has to hold is in `docs/custom_data.md`; the benchmark's own data are read by `data.py`.
@@ -222,7 +222,7 @@ def _check_values(raw: dict[str, np.ndarray], dataset: str) -> None:
     largest = np.abs(raw['actions']).max()
     if largest > 1.0 + ACTION_TOLERANCE:
         raise UserError(
-            f'{dataset}: actions reach {largest:.3g}; expected [-1, 1]: rescale them from the bounds of the action space'
+            f'{dataset}: actions reach {largest:.3g}; expected [-1, 1]: rescale them from the action space’s bounds'
         )
     if 'masks' in raw and not ((raw['masks'] >= 0) & (raw['masks'] <= 1)).all():
         raise UserError(

@@ -144,7 +144,7 @@ def resolve_settings(flag_values: flags.FlagValues = flags.FLAGS, phases: Sequen
     values = {name: flag_values[name].value for name in flag_fields()}
     if values['env_name'] is None:
         if values['dataset']:
-            raise UserError('--env_name is missing: with --dataset, name a gymnasium environment to evaluate in, or none')
+            raise UserError('--env_name is missing: with --dataset, name a gymnasium environment, or none')
         raise UserError('--env_name is missing: name the task, as in --env_name=cube-single-play-singletask-task1-v0')
     task = envs.task_spec(values['env_name'], values['dataset'])
     agent_name = agents.resolve(flag_values['agent'].value)
