@@ -24,21 +24,29 @@ def make_experiment(phases=('pretraining', 'finetuning')):
     """The run that the command line asks for: flags → settings → data, environments and the directory of one
     `Experiment`."""
     config = set_up_jax(resolve_settings(FLAGS, phases))
-    task = envs.task_spec(config.env_name)
-    if task.visual and config.eval_episodes and config.finetuning_steps:
+    task = envs.task_spec(config.env_name, config.dataset)
+    evaluates = config.eval_episodes and config.finetuning_steps
+    if task.visual and evaluates:
         envs.rendering.require_backend()  # Now, not after hours of pre-training.
     # After the flags are checked: these bring JAX in, which takes seconds.
-    from envs.data import load_raw
+    from envs import custom, data
     from utils.evaluation import Evaluator, record_video
     from utils.experiment import Experiment
 
     workers = config.eval_workers or len(os.sched_getaffinity(0))
-    make_env = functools.partial(envs.make_env, config.env_name, config.seed, frame_stack=config.frame_stack)
+    if config.dataset is None:
+        make_env = functools.partial(envs.make_env, config.env_name, config.seed, frame_stack=config.frame_stack)
+        load_raw = functools.partial(data.load_raw, config.env_name, dataset_dir=config.dataset_dir)
+    else:
+        make_env = functools.partial(custom.make_env, task)
+        load_raw = functools.partial(custom.load_raw, config.dataset)
+        if evaluates:
+            make_env().close()  # Its spaces are checked now, not after pre-training.
     make_rendering_env = functools.partial(make_env, render_mode='rgb_array')
     return Experiment(
         config,
         task,
-        load_raw=lambda phase, split, size: load_raw(config.env_name, phase, split, config.dataset_dir, size),
+        load_raw=lambda phase, split, size: load_raw(phase, split, max_transitions=size),
         make_evaluator=(lambda: Evaluator(make_env, workers)) if config.eval_episodes else None,
         record_video=lambda policy, path: record_video(
             make_rendering_env,

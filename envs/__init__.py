@@ -2,7 +2,8 @@
 
 Importing this package is cheap: no simulator is loaded before `make_env` is called. Simulators live in
 `ogbench_env.py` and `exorl_env.py`; getting data sets in `collect_*.py`, `download_*.py` and `convert_exorl.py`;
-loading them in `data.py`. Nothing here knows about the agents of `agents/`.
+loading them in `data.py`; a user's own data and environments in `custom.py`. Nothing here knows about the agents of
+`agents/`.
 """
 
 import dataclasses
@@ -27,6 +28,7 @@ EXORL_EPISODE_LENGTHS = {'cheetah': 1000, 'walker': 1000, 'quadruped': 1000, 'ja
 OGBENCH_OBSERVATION_SIZES = {'cube-single': 28, 'cube-double': 37, 'scene': 40, 'puzzle-4x4': 83}
 OGBENCH_ACTION_SIZE = 5
 IMAGE_SHAPE = (64, 64, 3)
+NO_ENV = 'none'  # In place of an environment's name: data without one.
 
 OGBENCH_STATE_DOMAINS = tuple(OGBENCH_OBSERVATION_SIZES)
 OGBENCH_DOMAINS = OGBENCH_STATE_DOMAINS + tuple(f'visual-{domain}' for domain in OGBENCH_STATE_DOMAINS)
@@ -44,7 +46,7 @@ class TaskSpec:
 
     Attributes:
         name: the benchmark's name of the task.
-        suite: 'ogbench' or 'exorl'.
+        suite: 'ogbench' or 'exorl'; 'custom' for a user's own data.
         domain: the tasks of one domain share reward-free data, hence one pre-trained checkpoint.
         visual: whether observations are images (uint8) rather than state vectors (float32).
         env_id: the simulator's own id of the task.
@@ -71,12 +73,18 @@ def suggest(word: str, known) -> str:
     return f'; did you mean {" or ".join(near)}?' if near else ''
 
 
-def task_spec(env_name: str) -> TaskSpec:
+def task_spec(env_name: str, dataset: str | None = None) -> TaskSpec:
     """What `env_name` stands for: one of `TASKS`, or `X-play-singletask-v0` for an OGBench environment's default task.
+
+    With a `dataset` of the user's own, it is a gymnasium environment's id or `NO_ENV`: see `custom.py`.
 
     Raises:
         UserError: there is no task of that name; the message gives the nearest ones.
     """
+    if dataset is not None:
+        from envs import custom
+
+        return custom.task_spec(dataset, env_name)
     match = re.fullmatch(r'(.+)-play-singletask(-task[1-5])?-v0', env_name)
     if match and match[1] in OGBENCH_DOMAINS and (env_name in TASKS or match[2] is None):
         domain, task = match[1], match[2] or ''

@@ -143,13 +143,16 @@ def resolve_settings(flag_values: flags.FlagValues = flags.FLAGS, phases: Sequen
     explicit = {name for name in flag_values if not flag_values[name].using_default_value}
     values = {name: flag_values[name].value for name in flag_fields()}
     if values['env_name'] is None:
+        if values['dataset']:
+            raise UserError('--env_name is missing: with --dataset, name a gymnasium environment, or none')
         raise UserError('--env_name is missing: name the task, as in --env_name=cube-single-play-singletask-task1-v0')
-    task = envs.task_spec(values['env_name'])
+    task = envs.task_spec(values['env_name'], values['dataset'])
     agent_name = agents.resolve(flag_values['agent'].value)
     module = agents.load(agent_name)
     agent = ConfigDict(module.get_config())
 
-    settings = presets.resolve(agent_name, task.name, values['preset'], agent.keys())
+    table_task = 'custom' if values['dataset'] else task.name  # A file may have the name of a published task.
+    settings = presets.resolve(agent_name, table_task, values['preset'], agent.keys())
     values |= {name: value for name, value in settings.flags.items() if name not in explicit}
     agent.update(settings.agent)
     agent.update({key: flag_values[f'agent.{key}'].value for key in agent if f'agent.{key}' in explicit})
@@ -161,6 +164,11 @@ def resolve_settings(flag_values: flags.FlagValues = flags.FLAGS, phases: Sequen
         if name in explicit and values[name]:
             raise UserError(f'--{name}={values[name]}: this command has no such phase; main.py runs both')
         values[name], sources[name] = 0, 'this command has no such phase'
+    if values['dataset'] and values['env_name'] == envs.NO_ENV:
+        for name in ('eval_episodes', 'video_episodes'):
+            if name in explicit and values[name]:
+                raise UserError(f'--{name}={values[name]}: --env_name=none has no environment to evaluate in')
+            values[name], sources[name] = 0, 'there is no environment'
 
     check_flags(values, task)
     check_agent(agent)

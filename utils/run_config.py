@@ -38,7 +38,8 @@ class RunConfig:
     agent_name: str
     sources: dict[str, str]
 
-    env_name: str = _flag(None, 'The task; envs.TASKS lists them.')
+    env_name: str = _flag(None, 'The task; envs.TASKS lists them. With --dataset: a gymnasium environment, or none.')
+    dataset: str = _flag(None, 'Your own data, an npz or HDF5 file or minari:<id>, in place of the task’s.')
     preset: str = _flag('paper', 'What fills in the values left open.', choices=tuple(presets.PRESETS))
     seed: int = _flag(0, 'First random seed.', minimum=0)
     num_seeds: int = _flag(1, 'Seeds trained side by side: seed, seed + 1, …', minimum=1)
@@ -163,7 +164,7 @@ def check_flags(values: dict[str, Any], task) -> None:
     for name in ('run_group', 'run_name'):
         if values[name] is not None and not re.fullmatch(r'[\w+=@,][\w+=@,.-]*', values[name]):
             raise UserError(f'--{name}={values[name]!r}: expected the name of a folder (letters, digits, _+=@,.-)')
-    for name in ('save_dir', 'dataset_dir', 'restore_path'):
+    for name in ('save_dir', 'dataset_dir', 'dataset', 'restore_path'):
         if values[name] == '':
             raise UserError(f'--{name} is empty: give a path or leave it out')
     if not (values['pretraining_steps'] or values['finetuning_steps'] or values['restore_path']):
