@@ -15,7 +15,7 @@ from utils import batches, checkpoints, datasets, devices, runs, training
 from utils.errors import UserError
 
 SEEDS = list(range(8))
-MESHES = {'seeds': (4, 1), 'batches': (1, 4), 'both': (2, 2)}
+MESHES = {'seeds': (4, 1), 'both': (2, 2)}
 COLLECTIVES = re.compile(r'\b(all-reduce|all-to-all|collective-permute|reduce-scatter)\b')
 
 
@@ -61,7 +61,7 @@ def alone(data):
 
 @pytest.mark.parametrize(
     ('phase', 'shape'),
-    [('pretraining', 'seeds'), ('pretraining', 'batches'), ('pretraining', 'both'), ('finetuning', 'both')],
+    [('pretraining', 'seeds'), ('pretraining', 'both'), ('finetuning', 'both')],
 )
 def test_a_mesh_trains_to_the_same_parameters(data, alone, phase, shape):
     mesh = make_mesh(MESHES[shape])
