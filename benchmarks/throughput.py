@@ -33,6 +33,7 @@ import envs
 from benchmarks import arithmetic, host_loop
 from utils import cli, presets, training
 from utils.datasets import Dataset, example_batch
+from utils.flags import avoid_crash_on_images
 from utils.flows import clipping_bounds
 from utils.normalizers import Normalizer
 
@@ -264,8 +265,10 @@ def table(results) -> str:
 
 def main(_):
     values = flags.FLAGS
-    about = machine()
     agent, task = agents.resolve(values.agent), envs.task_spec(values.env_name)
+    if task.visual:
+        avoid_crash_on_images()
+    about = machine()
     problem = make_problem(agent, values.env_name, values.preset, values.rows)
     period = problem.config.actor_freq
     updates = {'pretraining': values.updates, 'finetuning': -(-values.finetuning_updates // period) * period}

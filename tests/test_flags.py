@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from ml_collections import FrozenConfigDict
 
 from utils.errors import UserError
-from utils.flags import PHASES, append_xla_flags, define_flags, resolve_settings
+from utils.flags import PHASES, append_xla_flags, avoid_crash_on_images, define_flags, resolve_settings
 from utils.intervals import fit_intervals, largest_divisor
 from utils.run_config import flag_fields
 
@@ -98,6 +98,17 @@ def test_encoders_fit_the_observations():
         parse('--agent.encoder=impala', '--agent.clip_flow_goals=False')
     with pytest.raises(UserError, match='clip_flow_goals=True with an encoder'):
         parse('--agent.clip_flow_goals=True', env_name=VISUAL)
+
+
+def test_versions_of_jaxlib_that_crash_on_images_get_an_option(monkeypatch):
+    monkeypatch.setenv('XLA_FLAGS', '--xla_one=1')
+    for version, expected in (
+        ('0.12.0', '--xla_one=1'),  # It may not know the option, and would refuse to start.
+        ('0.10.2', '--xla_one=1 --xla_cpu_experimental_ynn_fusion_type='),
+    ):
+        monkeypatch.setattr('importlib.metadata.version', {'jaxlib': version}.get)
+        avoid_crash_on_images()
+        assert os.environ['XLA_FLAGS'] == expected
 
 
 def test_where_a_run_is_written():

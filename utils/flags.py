@@ -8,6 +8,7 @@ a device: bad input is refused before anything starts.
 import ast
 import dataclasses
 import hashlib
+import importlib.metadata
 import itertools
 import logging
 import os
@@ -28,6 +29,7 @@ from utils.intervals import fit_intervals, largest_divisor
 from utils.run_config import DEFAULT, RunConfig, block_size, check_agent, check_encoder, check_flags, flag_fields
 
 PHASES = ('pretraining', 'finetuning')
+CRASHING_JAXLIB = ('0.10.2', '0.11.0')
 DEFAULT_AGENT = 'agents/infom.py'
 COMMAND_LINE = 'command line'
 
@@ -200,6 +202,8 @@ def set_up_jax(config: RunConfig) -> RunConfig:
         The configuration with `chunk_size` chosen for the device where it was 0.
     """
     append_xla_flags(config.xla_flags)
+    if config.agent.get('encoder') not in (None, 'mlp'):
+        avoid_crash_on_images()
     import jax
 
     if config.distributed:
@@ -216,6 +220,14 @@ def set_up_jax(config: RunConfig) -> RunConfig:
     chunk_size = largest_divisor(config.log_interval, config.block, 100 if backend == 'cpu' else 1_000)
     sources = config.sources | {'chunk_size': f'chosen for this device ({backend})'}
     return dataclasses.replace(config, chunk_size=chunk_size, sources=sources)
+
+
+def avoid_crash_on_images() -> None:
+    """Switches off what ends the process in gradients of convolutions, on the CPU of some versions of jaxlib (see
+    https://github.com/jax-ml/jax/issues/40412); to be called before JAX's first computation."""
+    # Only where it is needed: XLA refuses to start with an option that it does not know.
+    if importlib.metadata.version('jaxlib') in CRASHING_JAXLIB:
+        append_xla_flags('--xla_cpu_experimental_ynn_fusion_type=')
 
 
 def append_xla_flags(options: str) -> None:
