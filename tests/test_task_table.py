@@ -53,9 +53,9 @@ def test_the_last_record_of_a_task_counts(tmp_path):
 
 
 def test_a_failed_command_gives_its_last_line():
-    with pytest.raises(task_table.StageFailed, match='^error: too bad$'):
+    with pytest.raises(task_table.StageFailed, match=r'^error: too bad$'):
         task_table.run_command('-c', 'import sys; print("first"); sys.exit("error: too bad")')
-    with pytest.raises(task_table.StageFailed, match='^exit code 3$'):
+    with pytest.raises(task_table.StageFailed, match=r'^exit code 3$'):
         task_table.run_command('-c', 'raise SystemExit(3)')
     task_table.run_command('-c', 'pass')
 
@@ -85,7 +85,8 @@ def test_a_failure_spoils_only_what_needs_it(tmp_path, monkeypatch, failing, exp
         if failing and any(failing in argument for argument in arguments):
             raise task_table.StageFailed('no')
         if arguments[0] == 'finetune.py':
-            write_evaluations(tmp_path / 'runs' / 'cheetah_run', [1.0, 2.0])
+            (task,) = (word.removeprefix('--env_name=') for word in arguments if word.startswith('--env_name='))
+            write_evaluations(tmp_path / 'runs' / task, [1.0, 2.0])
 
     monkeypatch.setattr(task_table, 'run_command', run_command)
     domains = {}

@@ -156,7 +156,7 @@ def make_table(records: dict[str, dict], command: str) -> str:
         f'{passed} of {len(envs.TASKS)} tasks pass. Made with `{command}`, in small: {EPISODES} + {VAL_EPISODES} short '
         'episodes for each phase, `--preset=smoke`.',
         'It shows that everything runs and that labels are right (`python -m envs.check_labels`); in so few updates',
-        'nothing is learned. Data and pre-training are those of the domain; their seconds are counted in its first task.',
+        'nothing is learned. Data and pre-training are those of the domain; their seconds count in its first task.',
         '',
         *(f'- {version}' for version in dict.fromkeys(_describe_versions(record) for record in shown)),
         '',
