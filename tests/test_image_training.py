@@ -113,7 +113,9 @@ def test_a_saved_policy_takes_stacked_frames(tmp_path, monkeypatch):
     monkeypatch.setattr(saved_policy.checkpoints, 'load_meta', lambda path: meta)
     monkeypatch.setattr(saved_policy.checkpoints, 'restore', lambda path, template: template)
     monkeypatch.setattr(
-        saved_policy.training, 'create_agents', lambda agent, seeds, example, config: seen.update(example)
+        saved_policy.training,
+        'create_agents',
+        lambda agent, seeds, example, config: seen.update(example) or np.zeros(1),
     )
     saved_policy.load_policy(tmp_path, envs.task_spec(VISUAL))
     assert seen['observations'].shape == (1, 64, 64, 9) and seen['observations'].dtype == np.uint8

@@ -146,7 +146,10 @@ def test_the_command_says_last_what_failed_and_why(sweep):
 def test_stopping_the_launcher_stops_its_runs_which_save(sweep, number):
     path = sweep(4)
     (run,) = expand(path)
+    # Tests that a shell runs in the background ignore SIGINT, and would pass that on.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     launcher = subprocess.Popen(command(path), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
     try:
         wait_for(run.directory / 'waiting')
         launcher.send_signal(number)
