@@ -218,7 +218,7 @@ def test_every_entry_of_the_suite_can_be_measured():
 
 
 def test_how_much_arithmetic_there_is_to_save():
-    """At paper size the host loop's products are 1.16 times ours in pre-training, 1.28 times in fine-tuning: what
+    """At paper size the host loop's products are 1.14 times ours in pre-training, 1.28 times in fine-tuning: what
     there is to gain by arithmetic alone; the rest is memory traffic and what is not a product."""
     problem = throughput.make_problem('infom', suite.CUBE, 'paper', rows=3000)
     shapes = jax.eval_shape(
@@ -243,4 +243,4 @@ def test_how_much_arithmetic_there_is_to_save():
         phase: arithmetic.matmul_flops(theirs, host) / arithmetic.matmul_flops(ours, shapes)
         for phase, (theirs, ours) in ratios.items()
     }
-    assert ratios == pytest.approx({'pretraining': 1.16, 'finetuning': 1.28}, abs=0.01)
+    assert ratios == pytest.approx({'pretraining': 1.14, 'finetuning': 1.28}, abs=0.01)
