@@ -77,10 +77,9 @@ def q_maximization(q, normalize: bool):
     return loss / lax.stop_gradient(jnp.abs(q).mean()) if normalize else loss
 
 
-def pessimistic_q(agent, observations, actions, *latents):
-    """min_k Q_k(s, a, …) of the agent's critics: (B,)."""
-    qs = agent.networks.critic.apply({'params': agent.params['critic']}, observations, actions, *latents)
-    return qs.min(axis=0)
+def pessimistic_q(agent, params, observations, actions, *latents):
+    """min_k Q_k(s, a, …) of the critics in `params`: (B,)."""
+    return agent.networks.critic.apply({'params': params['critic']}, observations, actions, *latents).min(axis=0)
 
 
 def copy_of(params):
@@ -185,6 +184,11 @@ def task_latent(direction, key):
     # By its largest entry first: the squares of a tiny direction would vanish.
     scaled = to_sphere(direction / jnp.where(uninformative, 1.0, largest))
     return jnp.where(uninformative, sphere_latents(key, direction.shape), scaled)
+
+
+def task_latents(agent, num_rows: int):
+    """The task's latent for every row: (B, Z)."""
+    return jnp.broadcast_to(agent.task_latent, (num_rows, agent.config.latent_dim))
 
 
 def _warn_of_random_latent(uninformative):

@@ -110,7 +110,7 @@ class FBIQLAgent(flax.struct.PyTreeNode):
     def finetuning_loss(self, params, batch, key, update_actor: bool = True):
         """L = L_V + L_Q of IQL at the task's z, + L_π in the steps that update the actor."""
         del key  # Nothing is drawn.
-        latents = jnp.broadcast_to(self.task_latent, (batch['actions'].shape[0], self.config.latent_dim))
+        latents = common.task_latents(self, len(batch['actions']))
         terms = common.latent_iql_losses(
             self,
             params,
@@ -147,13 +147,14 @@ class FBIQLAgent(flax.struct.PyTreeNode):
 
     def q_values(self, observations, actions):
         """min_k Q_k(s, a, z) at the task's z: (B,)."""
-        latents = jnp.broadcast_to(self.task_latent, (observations.shape[0], self.config.latent_dim))
-        return common.pessimistic_q(self, observations, actions, latents)
+        return common.pessimistic_q(
+            self, self.params, observations, actions, common.task_latents(self, len(observations))
+        )
 
     def act(self, observations, key, temperature=1.0):
         """Actions (B, A) in [−1, 1] at the task's z: the mode plus `temperature` times the policy's noise; 0 gives the
         mode."""
-        latents = jnp.broadcast_to(self.task_latent, (observations.shape[0], self.config.latent_dim))
+        latents = common.task_latents(self, len(observations))
         means, stds = self.networks.actor.apply({'params': self.params['actor']}, observations, latents)
         return jnp.clip(means + temperature * stds * jax.random.normal(key, means.shape), -1, 1)
 

@@ -69,13 +69,12 @@ class IQLAgent(flax.struct.PyTreeNode):
         """`awr`: L_π = −E sg[w]·log π(a|s), w = min(exp(α·A), 100), A = min_k Q_k(s, a) − V(s).
         `ddpgbc`: L_π = −E q / sg E|q| − α·E log π(a|s), q = min_k Q_k(s, clip₁(mode))."""
         means, stds = self.networks.actor.apply({'params': params['actor']}, batch['observations'])
-        critic_params = lax.stop_gradient(params['critic'])
+        frozen = lax.stop_gradient(params)
         if self.config.actor_loss == 'awr':
-            qs = self.networks.critic.apply({'params': critic_params}, batch['observations'], batch['actions'])
+            qs = self.networks.critic.apply({'params': frozen['critic']}, batch['observations'], batch['actions'])
             values = self.networks.value.apply({'params': params['value']}, batch['observations'])
             return common.advantage_weighted_regression(qs, values, means, stds, batch['actions'], self.config.alpha)
-        qs = self.networks.critic.apply({'params': critic_params}, batch['observations'], jnp.clip(means, -1, 1))
-        q = qs.min(axis=0)
+        q = common.pessimistic_q(self, frozen, batch['observations'], jnp.clip(means, -1, 1))
         bc_loss, metrics = common.behavioral_cloning(means, stds, batch['actions'])
         loss = common.q_maximization(q, normalize=True) + self.config.alpha * bc_loss
         return loss, {'actor_loss': loss, 'actor_q': q.mean(), **metrics}
@@ -116,7 +115,7 @@ class IQLAgent(flax.struct.PyTreeNode):
 
     def q_values(self, observations, actions):
         """min_k Q_k(s, a): (B,)."""
-        return common.pessimistic_q(self, observations, actions)
+        return common.pessimistic_q(self, self.params, observations, actions)
 
     def act(self, observations, key, temperature=1.0):
         """Actions (B, A) in [−1, 1]: the mode plus `temperature` times the policy's noise; 0 gives the mode."""

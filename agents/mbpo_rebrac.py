@@ -174,7 +174,7 @@ class MBPOReBRACAgent(flax.struct.PyTreeNode):
 
     def q_values(self, observations, actions):
         """min_k Q_k(s, a): (B,)."""
-        return common.pessimistic_q(self, observations, actions)
+        return common.pessimistic_q(self, self.params, observations, actions)
 
     def act(self, observations, key, temperature=1.0):
         """Actions (B, A) in [−1, 1]: sampled with `temperature` times the policy's noise; 0 gives the mode."""

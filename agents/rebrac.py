@@ -74,9 +74,7 @@ def critic_loss(agent, params, batch, key):
 def actor_loss(agent, params, batch):
     """L_π = −λ·E min_k Q_k(s, μ(s)) + α_actor·E‖μ(s) − a‖², λ = sg[1 / E|q|] (arXiv 2305.09836, §3)."""
     modes, _, _ = policy(agent, params, batch['observations'])
-    critic_params = lax.stop_gradient(params['critic'])
-    qs = agent.networks.critic.apply({'params': critic_params}, batch['observations'], jnp.clip(modes, -1, 1))
-    q = qs.min(axis=0)
+    q = common.pessimistic_q(agent, lax.stop_gradient(params), batch['observations'], jnp.clip(modes, -1, 1))
     penalty = ((modes - batch['actions']) ** 2).sum(axis=-1).mean()
     loss = common.q_maximization(q, agent.config.normalize_q_loss) + agent.config.alpha_actor * penalty
     return loss, {'actor_loss': loss, 'actor_q': q.mean(), 'actor_penalty': penalty}
@@ -142,7 +140,7 @@ class ReBRACAgent(flax.struct.PyTreeNode):
 
     def q_values(self, observations, actions):
         """min_k Q_k(s, a): (B,)."""
-        return common.pessimistic_q(self, observations, actions)
+        return common.pessimistic_q(self, self.params, observations, actions)
 
     def act(self, observations, key, temperature=1.0):
         """Actions (B, A) in [−1, 1]: sampled with `temperature` times the policy's noise; 0 gives the mode."""

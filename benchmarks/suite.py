@@ -17,14 +17,13 @@ from pathlib import Path
 from absl import flags
 from tqdm import tqdm
 
+import agents
 from utils import cli, runs
-from utils.errors import UserError
+from utils.errors import UserError, last_line
 
 FLAGS = flags.FLAGS
 
-BASELINES = (
-    'iql', 'rebrac', 'dino_rebrac', 'mbpo_rebrac', 'crl_infonce', 'td_infonce', 'fb_iql', 'hilp_iql',
-)  # fmt: skip
+BASELINES = [agent for agent in agents.available() if agent != 'infom']
 CUBE = 'cube-single-play-singletask-task1-v0'
 # Flags of `benchmarks.throughput` for each entry. On a CPU a paper-size update of InFOM on images takes seconds.
 CPU_LENGTH = {'updates': 8, 'finetuning_updates': 4, 'repeats': 5}
@@ -59,15 +58,20 @@ def measure(entry) -> dict:
     """The JSON line of one entry. Raises UserError with the last line of its errors if it fails."""
     result = subprocess.run(command(entry), capture_output=True, text=True, check=False)
     if result.returncode:
-        message = (result.stderr.strip().splitlines() or ['no message'])[-1]
-        raise UserError(f'{" ".join(command(entry)[1:])}: {message}')
+        raise UserError(f'{" ".join(command(entry)[1:])}: {last_line(result.stderr) or "no message"}')
     report = json.loads(result.stdout.splitlines()[-1])
     return {'date': datetime.datetime.now(datetime.UTC).date().isoformat(), 'flags': entry, **report}
 
 
+def place(report) -> tuple:
+    """The machine that a line is of."""
+    return report['device'], report['processor'], report['cores']
+
+
 def same_place(report, other) -> bool:
-    """Whether two lines are of one entry on one device."""
-    return all(report[key] == other[key] for key in ('device', 'processor', 'agent', 'env_name', 'preset', 'num_seeds'))
+    """Whether two lines are of one entry on one machine."""
+    entry = ('agent', 'env_name', 'preset', 'num_seeds')
+    return place(report) == place(other) and all(report[key] == other[key] for key in entry)
 
 
 def rows(report) -> list[list[str]]:
@@ -98,12 +102,12 @@ def markdown(reports) -> str:
         'the time, as a share of the rate of plain matrix products (256 × 512 by 512 × 512) in the same run. MB: the',
         'program with its data. Last column: time of the plain host loop over ours, median and range over pairs.',
     ]
-    places = {(report['device'], report['processor'], report['cores']): report for report in reports}
-    for place, report in places.items():
-        device, processor, cores = place
-        versions = ', '.join(f'{name} {version}' for name, version in report['versions'].items())
-        rates = [r['matmul_gflops'] for r in reports if (r['device'], r['processor'], r['cores']) == place]
-        dates = sorted({r['date'] for r in reports if (r['device'], r['processor'], r['cores']) == place})
+    for machine in dict.fromkeys(map(place, reports)):
+        here = [report for report in reports if place(report) == machine]
+        device, processor, cores = machine
+        versions = ', '.join(f'{name} {version}' for name, version in here[0]['versions'].items())
+        rates = [report['matmul_gflops'] for report in here]
+        dates = sorted({report['date'] for report in here})
         lines += [
             '',
             f'## {device}: {cores} cores of {processor}',
@@ -112,10 +116,8 @@ def markdown(reports) -> str:
             '',
             '| ' + ' | '.join(COLUMNS) + ' |',
             '| ' + ' | '.join('---' for _ in COLUMNS) + ' |',
+            *('| ' + ' | '.join(row) + ' |' for report in here for row in rows(report)),
         ]
-        for r in reports:
-            if (r['device'], r['processor'], r['cores']) == place:
-                lines += ['| ' + ' | '.join(row) + ' |' for row in rows(r)]
     return '\n'.join(lines) + '\n'
 
 

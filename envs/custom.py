@@ -8,21 +8,19 @@ import contextlib
 import hashlib
 import re
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 
 from envs import TaskSpec
 from envs.data import ACTION_TOLERANCE, PHASES, SPLITS
-from utils.errors import UserError
+from utils.errors import UNREADABLE_NPZ, UserError
 
 MINARI = 'minari:'
 VALIDATION_SHARE = 0.1  # Of the episodes, rounded, at least one.
 HDF5_SUFFIXES = ('.hdf5', '.h5')
 REQUIRED = ('observations', 'actions', 'terminals')
 OPTIONAL = ('rewards', 'masks', 'next_observations')
-UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 def task_spec(dataset: str, env_name: str) -> TaskSpec:
@@ -144,7 +142,7 @@ def _opened(path: Path):
                 yield {name: file[name] for name in file if isinstance(file[name], h5py.Dataset)}
         else:
             raise UserError(f'--dataset={path}: expected a name that ends in .npz, .hdf5 or .h5')
-    except UNREADABLE as error:
+    except UNREADABLE_NPZ as error:
         raise UserError(
             f'{path} cannot be read ({type(error).__name__}: {error}): it is damaged or of another format'
         ) from error

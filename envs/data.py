@@ -13,13 +13,12 @@ import functools
 import hashlib
 import json
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 
 from envs import TaskSpec, make_env, task_spec
-from utils.errors import UserError
+from utils.errors import UNREADABLE_NPZ, UserError
 
 DEFAULT_DATASET_DIR = '~/.ogbench/data'
 PHASES = ('pretraining', 'finetuning')
@@ -32,7 +31,6 @@ ALIGNMENT = 64  # Bytes.
 # Actions are clipped to [-1, 1] when they are used. This much beyond is rounding; more means that they were never
 # scaled.
 ACTION_TOLERANCE = 1e-3
-UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
 
 
 def dataset_path(dataset_dir: str | Path, domain: str, phase: str, split: str) -> Path:
@@ -100,7 +98,7 @@ def load_raw(
             elif phase == 'finetuning':
                 states = _read_states(archive, spec, path, len(raw['terminals']))
             _require_named(spec, phase, path, raw['source']['metadata'])
-    except UNREADABLE as error:
+    except UNREADABLE_NPZ as error:
         raise UserError(
             f'{path} cannot be read ({type(error).__name__}: {error}): it is damaged or not an npz file; delete it and '
             f'{_how_to_get(spec, phase, path)}'

@@ -10,16 +10,14 @@ import json
 import os
 import shutil
 import zipfile
-import zlib
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 
-from utils.errors import UserError
+from utils.errors import UNREADABLE_NPZ, UserError
 
 METADATA_KEY = 'metadata'
-UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
 
 
 def read_metadata(path: Path) -> dict | None:
@@ -27,7 +25,7 @@ def read_metadata(path: Path) -> dict | None:
     try:
         with np.load(path, allow_pickle=False) as archive:
             return json.loads(str(archive[METADATA_KEY]))
-    except UNREADABLE:
+    except UNREADABLE_NPZ:
         return None
 
 
@@ -110,7 +108,7 @@ class EpisodeParts:
         try:
             with zipfile.ZipFile(_part_path(self.folder, index)) as archive:
                 return archive.testzip() is None
-        except UNREADABLE:
+        except UNREADABLE_NPZ:
             return False
 
     def join(self, episodes: int, metadata: dict) -> None:

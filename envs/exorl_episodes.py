@@ -9,13 +9,12 @@ import json
 import os
 import re
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 
 from envs import EXORL_PHYSICS_SIZES, EXORL_SIZES, EXORL_TASKS, suggest
-from utils.errors import UserError
+from utils.errors import UNREADABLE_NPZ, UserError
 
 DEFAULT_EXORL_DIR = '~/.exorl/data'
 EPISODE_NAME = re.compile(r'episode_(\d{6,})_(\d+)\.npz')
@@ -24,7 +23,6 @@ MIN_STEPS = 2  # One step has no next action to learn from.
 # Actions are clipped to [-1, 1] when they are used. This much beyond is rounding; more means that they were never
 # scaled.
 ACTION_TOLERANCE = 1e-3
-UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
 
 
 def require_domain(domain: str) -> None:
@@ -102,7 +100,7 @@ def read_episode(path: Path, domain: str, names: tuple[str, ...]) -> dict[str, n
             if missing:
                 raise UserError(f'{path}: it holds no {missing[0]}, only {", ".join(archive.files)}')
             episode = {name: archive[name] for name in names}
-    except UNREADABLE as error:
+    except UNREADABLE_NPZ as error:
         reason = ' '.join(str(error).split())
         raise UserError(
             f'{path} cannot be read ({type(error).__name__}: {reason}): it is damaged or not an npz file; delete it, '
@@ -147,7 +145,7 @@ def is_readable(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
-    except UNREADABLE:
+    except UNREADABLE_NPZ:
         return False
 
 

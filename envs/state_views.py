@@ -4,14 +4,13 @@ For figures only; nothing is trained on it. Observations are the simulators' own
 that the data files store, since an observation alone does not say where everything is.
 """
 
-import zipfile
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
 from envs import TaskSpec, data, make_env
-from utils.errors import UserError
+from utils.errors import UNREADABLE_NPZ, UserError
 
 # OGBench's observations (`compute_observation` of its environments): 19 numbers of the arm, then the objects.
 CENTER_X, POSITION_SCALE, GRIPPER_SCALE, DRAWER_SCALE, WINDOW_SCALE = 0.425, 10.0, 3.0, 18.0, 15.0
@@ -198,7 +197,7 @@ def load_states(spec: TaskSpec, phase: str, split: str, dataset_dir, rows: int) 
                 return None
             names = [name for name in (*needed, 'button_states') if name in archive.files]
             return {name: archive[name][:rows] for name in names}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except UNREADABLE_NPZ as error:
         raise UserError(f'{path} cannot be read: {error}. Make it anew.') from error
 
 

@@ -9,13 +9,12 @@ import subprocess
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from sweeps.sweep_files import NOT_IN_NAME, Run
-from utils.errors import UserError
+from utils.errors import UserError, last_line
 from utils.run_config import flag_fields
 from utils.run_status import FINISHED, read_json, run_status
 
@@ -146,17 +145,10 @@ def failure(run: Run, code: int) -> str | None:
         return f'killed by {signal.Signals(-code).name}'
     status = run_status(run.directory)
     if code:
-        return f'exit code {code}: {last_line(run.directory / LOG_NAME)}'
+        log = run.directory / LOG_NAME
+        output = log.read_text(errors='replace') if log.exists() else ''
+        return f'exit code {code}: {last_line(output) or "no output"}'
     return None if status == FINISHED else f'stopped before its end ({status}): start again to resume'
-
-
-def last_line(path: Path) -> str:
-    """The last line of a log that has something in it; a progress bar's line ends at its last state."""
-    with contextlib.suppress(OSError):
-        for line in reversed(path.read_text(errors='replace').replace('\r', '\n').splitlines()):
-            if line.strip():
-                return line.strip()
-    return 'no output'
 
 
 @contextlib.contextmanager

@@ -17,16 +17,10 @@ import yaml
 
 import agents
 from utils.errors import UserError
-from utils.run_config import flag_fields
+from utils.run_config import OPERATIONAL_FLAGS, flag_fields
 
 # Flags that say where a run goes and how it is watched: no part of its name.
-NOT_IN_NAME = frozenset(
-    {
-        'env_name', 'agent', 'seed', 'num_seeds', 'save_dir', 'run_group', 'run_name', 'dataset_dir',
-        'dataset_location', 'eval_workers', 'video_episodes', 'video_frame_skip', 'wandb_mode', 'compilation_cache',
-        'chunk_size', 'log_interval', 'save_interval', 'restore_path', 'nan_policy',
-    }
-)  # fmt: skip
+NOT_IN_NAME = OPERATIONAL_FLAGS | {'env_name', 'agent', 'seed', 'num_seeds', 'log_interval'}
 LONGEST_NAME = 180  # Characters; file systems allow 255, and files beside the run add suffixes.
 
 

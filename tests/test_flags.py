@@ -15,7 +15,7 @@ from ml_collections import FrozenConfigDict
 from utils.errors import UserError
 from utils.flags import PHASES, append_xla_flags, avoid_crash_on_images, define_flags, resolve_settings
 from utils.intervals import fit_intervals, largest_divisor
-from utils.run_config import flag_fields
+from utils.run_config import OPERATIONAL_FLAGS, flag_fields
 
 ROOT = Path(__file__).resolve().parent.parent
 TASK = 'cube-single-play-singletask-task1-v0'
@@ -412,3 +412,7 @@ def test_help_lists_the_flags_of_the_run_and_of_the_agent(run):
     assert result.returncode == 0
     assert '--pretraining_steps' in result.stdout
     assert '--agent.expectile' in result.stdout
+
+
+def test_operational_flags_are_flags():
+    assert flag_fields().keys() >= OPERATIONAL_FLAGS

@@ -105,7 +105,7 @@ def test_report_on_an_occupancy_that_is_known(error):
 
 
 def test_report_of_infom_without_intentions():
-    settings = {'intention_encoder': 'none', 'policy_extraction': 'one_step', 'num_flow_steps': 2}
+    settings = {'policy_extraction': 'one_step', 'num_flow_steps': 2}
     agent = tiny.make_agent(tiny.make_batch(), **settings)
     assert occupancy.latent_shape(agent, 3) == (3, 0)
     data = tiny.make_dataset(tiny.random_walks())

@@ -18,6 +18,7 @@ import numpy as np
 
 import envs
 from utils.errors import UserError
+from utils.run_config import OPERATIONAL_FLAGS
 from utils.run_status import FINISHED, read_json, run_status
 from utils.runs import read_metrics, score_summary
 
@@ -38,15 +39,10 @@ SUITE_SCORES = {
     'ogbench': ('evaluation/episode.success', 'success %', 100.0),
     'exorl': ('evaluation/episode.return', 'return', 1.0),
 }
-# What config.json says that is no setting of the method: where the run is, which seeds, how it is watched.
-NOT_SETTINGS = frozenset(
-    {
-        'agent', 'agent_name', 'env_name', 'sources', 'start', 'data', 'environment', 'seed', 'num_seeds',
-        'save_dir', 'run_group', 'run_name', 'restore_path', 'dataset_dir', 'dataset_location', 'wandb_mode',
-        'eval_workers', 'video_episodes', 'video_frame_skip', 'nan_policy', 'compilation_cache', 'chunk_size',
-        'log_interval', 'save_interval',
-    }
-)  # fmt: skip
+# What config.json says that is no setting of the method: which task and seeds, and how the run was done and watched.
+NOT_SETTINGS = OPERATIONAL_FLAGS | {
+    'agent', 'agent_name', 'env_name', 'sources', 'start', 'data', 'environment', 'seed', 'num_seeds', 'log_interval',
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -188,13 +188,19 @@ def sample(dataset: Dataset, key, batch_size: int, needs=frozenset()):
     return batch
 
 
+def observation_range(dataset: Dataset):
+    """(lowest, highest) value of each feature over all rows, final states included, each (D,); None for images."""
+    if dataset.observations.dtype == np.uint8:
+        return None
+    return dataset.observations.min(axis=0), dataset.observations.max(axis=0)
+
+
 def example_batch(dataset: Dataset):
     """One row in the form that agents are created from, with the observed range of each feature for states.
 
     observations (1, …), actions (1, A), and observation_min, observation_max (D,) of all rows, final states included.
     """
     batch = gather_batch(dataset, np.zeros(1, np.int32), frozenset({'next_actions'}))
-    if dataset.observations.dtype != np.uint8:
-        batch['observation_min'] = dataset.observations.min(axis=0)
-        batch['observation_max'] = dataset.observations.max(axis=0)
+    if (observed := observation_range(dataset)) is not None:
+        batch['observation_min'], batch['observation_max'] = observed
     return jax.tree.map(jnp.asarray, batch)

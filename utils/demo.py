@@ -5,7 +5,6 @@ data and resumes the runs. `--seeds=0,1,2,3,4 --output=results/demo` trains seve
 the comparison that the README quotes.
 """
 
-import csv
 import functools
 import json
 import os
@@ -131,15 +130,14 @@ def score(row):
     return {name: row[f'episode.{name}'] for name in ('return', 'return_std', 'success', 'success_std')}
 
 
-def write_csv(path, scores, seeds):
-    with runs.atomic_path(path) as temporary, open(temporary, 'w', newline='') as file:
-        writer = csv.DictWriter(
-            file, ['policy', 'seed', 'return', 'return_std', 'success', 'success_std'], lineterminator='\n'
-        )
-        writer.writeheader()
-        for policy in POLICIES:
-            for seed, values in zip(seeds, scores[policy], strict=True):
-                writer.writerow({'policy': policy, 'seed': seed, **values})
+def write_scores(path, scores, seeds):
+    names = ('return', 'return_std', 'success', 'success_std')
+    rows = (
+        (policy, seed, *(values[name] for name in names))
+        for policy in POLICIES
+        for seed, values in zip(seeds, scores[policy], strict=True)
+    )
+    runs.write_csv(path, ['policy', 'seed', *names], rows)
 
 
 def main(_):
@@ -164,7 +162,7 @@ def main(_):
     )
     video = output / 'final_policy.mp4'
     film(run_directories[0], video)
-    write_csv(output / 'scores.csv', scores, seeds)
+    write_scores(output / 'scores.csv', scores, seeds)
     text = table(scores, len(seeds), num_episodes)
     with runs.atomic_path(output / 'table.txt') as temporary:
         temporary.write_text(text + '\n')

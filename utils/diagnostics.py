@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
+
+from utils import datasets, occupancy
 
 
 class Ranges(NamedTuple):
@@ -24,13 +25,11 @@ class Ranges(NamedTuple):
 
 def observed_ranges(dataset) -> Ranges:
     """The `Ranges` of a `datasets.Dataset`; the rewards of rows that end an episode belong to no transition."""
-    observations = rewards = None
-    if dataset.observations.dtype != np.uint8:
-        observations = dataset.observations.min(axis=0), dataset.observations.max(axis=0)
+    rewards = None
     if dataset.rewards is not None:
         labels = dataset.rewards[dataset.transition_rows]
         rewards = labels.min(), labels.max()
-    return Ranges(observations, rewards)
+    return Ranges(datasets.observation_range(dataset), rewards)
 
 
 def excess(values, lower, upper):
@@ -43,11 +42,6 @@ def gradient_norms(grads):
     return {f'gradient_norm/{name}': optax.tree.norm(gradient) for name, gradient in grads.items()}
 
 
-def policy_diagnostics(agent, batch, key):
-    """Mean squared difference between the policy's modes and the data's actions."""
-    return {'actor_mse': jnp.mean((agent.act(batch['observations'], key, 0.0) - batch['actions']) ** 2)}
-
-
 def value_range(rewards, discount: float):
     """(lowest, highest) Q that rewards within `rewards` allow, for episodes that end and episodes that do not."""
     lowest, highest = rewards
@@ -55,15 +49,12 @@ def value_range(rewards, discount: float):
     return jnp.minimum(lowest, lowest * horizon), jnp.maximum(highest, highest * horizon)
 
 
-def value_diagnostics(agent, batch, key, ranges: Ranges):
-    """Q of the data's and of the policy's actions, and the possible range; `q_outside`: share of both that lies outside
-    it, `q_excess`: the largest distance from it, in widths of the range."""
+def value_diagnostics(agent, batch, modes, ranges: Ranges):
+    """Q of the data's actions and of the policy's, `modes` (B, A), and the possible range; `q_outside`: share of both
+    that lies outside it, `q_excess`: the largest distance from it, in widths of the range."""
     lowest, highest = value_range(ranges.rewards, agent.config.discount)
     observations = batch['observations']
-    qs = {
-        'data': agent.q_values(observations, batch['actions']),
-        'policy': agent.q_values(observations, agent.act(observations, key, 0.0)),
-    }
+    qs = {'data': agent.q_values(observations, batch['actions']), 'policy': agent.q_values(observations, modes)}
     outside = excess(jnp.stack(list(qs.values())), lowest, highest)
     return {f'q_{name}': q.mean() for name, q in qs.items()} | {
         'q_lowest_possible': lowest,
@@ -80,28 +71,31 @@ def occupancy_diagnostics(agent, batch, key, ranges: Ranges):
     `reward_excess`, its distance from the labels' range in widths of that."""
     latent_key, noise_key = jax.random.split(key)
     latents, _ = agent.intentions_and_kl(agent.params, batch, latent_key)
-    states = agent.features(agent.params, batch['observations'])
-    condition = agent.condition(agent.params, states, batch['actions'], latents)
-    noise = jax.random.normal(noise_key, states.shape)
+
+    def futures(agent):  # From the same noise at every call: (B, S).
+        return occupancy.sample_futures(agent, batch, latents, noise_key, num_samples=1)[:, 0]
+
     metrics = {}
     if ranges.observations is not None:
-        unclipped = agent.replace(flow_bounds=None).sample_futures(agent.params, noise, condition)
+        unclipped = futures(agent.replace(flow_bounds=None))
         outside = excess(unclipped, *ranges.observations)
         metrics['flow_outside'] = jnp.mean(outside > 0)
         metrics['flow_excess'] = outside.max(axis=-1).mean()
     if ranges.rewards is not None:
         lowest, highest = ranges.rewards
-        rewards = agent.predicted_rewards(agent.params, agent.sample_futures(agent.params, noise, condition))
+        rewards = agent.predicted_rewards(agent.params, futures(agent))
         metrics['reward_lowest'], metrics['reward_highest'] = rewards.min(), rewards.max()
         metrics['reward_excess'] = excess(rewards, lowest, highest).max() / jnp.maximum(highest - lowest, 1e-6)
     return metrics
 
 
 def diagnose(agent, batch, key, ranges: Ranges):
-    """All that the agent has the networks for: {name: scalar}."""
-    metrics = policy_diagnostics(agent, batch, key)
+    """All that the agent has the networks for, and `actor_mse`, the mean squared difference between the policy's modes
+    and the data's actions: {name: scalar}."""
+    modes = agent.act(batch['observations'], key, 0.0)
+    metrics = {'actor_mse': jnp.mean((modes - batch['actions']) ** 2)}
     if ranges.rewards is not None and hasattr(agent, 'q_values'):
-        metrics |= value_diagnostics(agent, batch, key, ranges)
-    if hasattr(agent, 'sample_futures'):
+        metrics |= value_diagnostics(agent, batch, modes, ranges)
+    if occupancy.models_occupancy(agent):
         metrics |= occupancy_diagnostics(agent, batch, key, ranges)
     return metrics

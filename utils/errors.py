@@ -1,6 +1,18 @@
 """The exceptions that an entry point turns into one line and an exit code; everything else is a bug and shows its
 traceback."""
 
+import zipfile
+import zlib
+
+# What reading a damaged npz file, or one of another format, raises.
+UNREADABLE_NPZ = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
+
+
+def last_line(output: str) -> str | None:
+    """The last line of a program's output that has something in it; a progress bar's line ends at its last state."""
+    lines = (line.strip() for line in reversed(output.splitlines()))  # '\r' ends a line, too.
+    return next(filter(None, lines), None)
+
 
 class UserError(Exception):
     """Bad input: the message says what is wrong, what was expected, and what to do. Exit code 2."""

@@ -148,29 +148,28 @@ class Experiment:
         for split in ('train', 'val'):
             raw[split] = self._load_raw(phase, split, size if split == 'train' else None)
             self.fingerprints[f'{phase}/{split}'] = raw[split]['source']
-        if self.normalizer is None:
-            fit_on = (
-                raw['train']
-                if phase == 'pretraining'
-                else self._load_raw('pretraining', 'train', config.pretraining_size)
-            )
-            self.normalizer = Normalizer.fit(fit_on['observations'], config.obs_norm_type)
-        validation_normalizer = self.normalizer
         if config.obs_norm_per_split:
-            self.normalizer, validation_normalizer = (
-                Normalizer.fit(raw[split]['observations'], config.obs_norm_type) for split in ('train', 'val')
-            )
+            normalizers = {k: Normalizer.fit(v['observations'], config.obs_norm_type) for k, v in raw.items()}
+        else:
+            normalizers = dict.fromkeys(raw, self.normalizer or self._fit_normalizer(phase, raw['train']))
+        self.normalizer = normalizers['train']
         options = {
             'reward_at': self.task.reward_at,
             'frame_stack': config.frame_stack,
             'next_actions_across_episodes': config.next_actions_across_episodes,
         }
         sets = [
-            datasets.Dataset.create(raw['train'], self.normalizer, p_aug=config.p_aug, **options),
-            datasets.Dataset.create(raw['val'], validation_normalizer, **options),
+            datasets.Dataset.create(raw['train'], normalizers['train'], p_aug=config.p_aug, **options),
+            datasets.Dataset.create(raw['val'], normalizers['val'], **options),
         ]
         logging.info('%s data: %d transitions, validation %d', phase, *(dataset.num_transitions for dataset in sets))
         return (phase, *sets)
+
+    def _fit_normalizer(self, phase, training_rows):
+        """The run's one normaliser: of the pre-training set, whichever phase comes first."""
+        if phase != 'pretraining':
+            training_rows = self._load_raw('pretraining', 'train', self.config.pretraining_size)
+        return Normalizer.fit(training_rows['observations'], self.config.obs_norm_type)
 
     # ----------------------------------------------------------------------------------------------------- the phases
 

@@ -1,6 +1,5 @@
 """The parts of `utils/inspect.py`'s page, each a function of (look, report): compute, draw, write the CSV, say it."""
 
-import csv
 import json
 
 import jax
@@ -23,14 +22,6 @@ NEXT_ACTIONS = frozenset({'next_actions'})
 
 def _key(stream: int):
     return jax.random.fold_in(jax.random.key(RANDOM_SEED), stream)
-
-
-def write_csv(path, header, rows):
-    """Writes a table, wholly or not at all."""
-    with runs.atomic_path(path) as temporary, open(temporary, 'w', newline='') as file:
-        writer = csv.writer(file, lineterminator='\n')
-        writer.writerow(header)
-        writer.writerows(rows)
 
 
 def no_occupancy(look, report) -> bool:
@@ -117,7 +108,7 @@ def futures(look, report):
     raw = look.normalizer.inverse(samples)
     observations, ends = look.raw['observations'], np.asarray(look.dataset.ends)
     coordinates = {c.label: c for panel in panels for c in (panel.x, panel.y)}
-    write_csv(
+    runs.write_csv(
         look.figure('futures.csv'),
         ('row', 'intention', 'sample', *coordinates),
         [
@@ -231,7 +222,7 @@ def intentions(look, report):
         path, f'Intentions (means of q(z|s′,a′)) of {len(rows)} held-out transitions on their first two components.'
     )
     labels = np.full(len(rows), np.nan) if behaviour is None else behaviour.values
-    write_csv(
+    runs.write_csv(
         look.figure('intentions.csv'),
         ('row', 'episode', 'label', 'component_1', 'component_2', 'kl'),
         [
@@ -305,7 +296,7 @@ def occupancy(look, report):
         for step, each in zip(steps, reports, strict=True)
         for predictor, values in each.items()
     ]
-    write_csv(
+    runs.write_csv(
         look.figure('occupancy.csv'), ('step', 'predictor', *(f'{n}{e}' for n in names for e in ('', '_error'))), rows
     )
     report.table(
@@ -364,7 +355,7 @@ def values(look, report):
         f'Rows {start} to {end - 1} of {raw["source"]["file"]}, the held-out episode with the most varied rewards; '
         'values at the actions that were taken.',
     )
-    write_csv(
+    runs.write_csv(
         look.figure('values.csv'),
         ('step', 'reward', *drawn),
         [

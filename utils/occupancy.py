@@ -94,7 +94,7 @@ def inferred_intentions(agent, batch, key):
     The mean KL from the prior bounds from above how many nats z tells about the transition; it is NaN for intentions
     that are no distribution.
     """
-    if agent.config.intention_encoder != 'variational':
+    if intentions.origin(agent.config) != 'variational':
         latents, _ = agent.intentions_and_kl(agent.params, batch, key)
         return latents, latents, jnp.full(len(latents), jnp.nan)
     latents, means, log_stds = agent.infer_intentions(agent.params, batch, key)

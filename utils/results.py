@@ -26,7 +26,7 @@ import envs
 from utils import cli, tables
 from utils.collected_runs import SUITE_SCORES, Collection, Curve, collect
 from utils.errors import UserError
-from utils.runs import RESERVED_KEYS, atomic_path, read_metrics, require_writable
+from utils.runs import RESERVED_KEYS, atomic_path, read_metrics, require_writable, write_csv
 
 FLAGS = flags.FLAGS
 
@@ -50,32 +50,32 @@ def write_results(collection: Collection, path: Path, patterns: Sequence[str]) -
     metrics = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
     if not metrics:
         raise UserError(f'--metrics={",".join(patterns)} matches no metric: there are {", ".join(names)}')
-    lines = 0
-    with atomic_path(path) as temporary, open(temporary, 'w', newline='') as file:
-        writer = csv.writer(file, lineterminator='\n')
-        writer.writerow([*IDENTITY, *settings, *metrics])
-        for run in runs:  # Run by run: the lines of all runs together may not fit into memory.
+
+    def rows():  # Run by run: the lines of all runs together may not fit into memory.
+        for run in runs:
             for row in read_metrics(run.directory / 'metrics.jsonl'):
                 curve = of_run[run.name].get(row['seed'])
                 if curve is None or all(row.get(name) is None for name in metrics):
                     continue
                 identity = [run.name, curve.method, curve.agent, curve.env_name, curve.domain]
                 chosen = [curve.settings.get(key, '') for key in settings]
-                writer.writerow([*identity, row['seed'], row['phase'], row['step'], *chosen, *map(row.get, metrics)])
-                lines += 1
-    return lines
+                yield [*identity, row['seed'], row['phase'], row['step'], *chosen, *map(row.get, metrics)]
+
+    return write_csv(path, [*IDENTITY, *settings, *metrics], rows())
 
 
 def write_scores(collection: Collection, path: Path) -> None:
     """Writes `scores.csv`."""
     last = {(run.name, seed): values for run in collection.runs for seed, values in run.last.items()}
-    with atomic_path(path) as temporary, open(temporary, 'w', newline='') as file:
-        writer = csv.writer(file, lineterminator='\n')
-        writer.writerow(['run', 'method', 'agent', 'env_name', 'domain', 'seed', 'unit', *SCORES, *DIAGNOSTICS])
+
+    def rows():
         for curve in collection.curves:
             identity = [curve.run, curve.method, curve.agent, curve.env_name, curve.domain, curve.seed, curve.unit]
             diagnostics = [last[curve.run, curve.seed].get(name) for name in DIAGNOSTICS]
-            writer.writerow([*identity, *(curve.scores[name] for name in SCORES), *diagnostics])
+            yield [*identity, *(curve.scores[name] for name in SCORES), *diagnostics]
+
+    header = ['run', 'method', 'agent', 'env_name', 'domain', 'seed', 'unit', *SCORES, *DIAGNOSTICS]
+    write_csv(path, header, rows())
 
 
 def read_results(path: Path) -> list[Curve]:

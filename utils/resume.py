@@ -4,6 +4,7 @@ nothing."""
 import json
 
 from utils.errors import UserError
+from utils.run_config import OPERATIONAL_FLAGS
 
 # Agent settings that shape the parameters, or that pre-training has already baked into them.
 PRETRAINED_SETTINGS = (
@@ -29,17 +30,8 @@ PRETRAINED_SETTINGS = (
     'transition_layer_norm',
     'repr_layer_norm',
 )
-# Run settings that may change between two starts of one run: they decide what is shown, where, or how long, never what
-# is learned.
-FREE_SETTINGS = frozenset(
-    {
-        'save_dir', 'run_group', 'run_name', 'dataset_dir', 'dataset_location', 'eval_workers', 'video_episodes',
-        'video_frame_skip', 'wandb_mode', 'compilation_cache', 'nan_policy', 'finetuning_steps', 'chunk_size',
-        'save_interval', 'preset', 'restore_path', 'sources', 'agent', 'eval_async',
-        'mesh_seeds', 'mesh_batch', 'profile', 'distributed', 'coordinator_address', 'num_processes',
-        'process_id',
-    }
-)  # fmt: skip
+# Run settings that may change between two starts of one run: besides how it is done, how long.
+FREE_SETTINGS = OPERATIONAL_FLAGS | {'finetuning_steps', 'preset', 'sources', 'agent'}
 
 
 def _plain(value):

@@ -17,6 +17,15 @@ from utils import presets
 from utils.errors import UserError
 
 DEFAULT = 'default'
+# Flags that decide where and how a run is done, or what is shown of it, never what is learned: such runs are the same.
+OPERATIONAL_FLAGS = frozenset(
+    {
+        'save_dir', 'run_group', 'run_name', 'restore_path', 'dataset_dir', 'dataset_location', 'chunk_size',
+        'save_interval', 'eval_workers', 'eval_async', 'video_episodes', 'video_frame_skip', 'wandb_mode', 'nan_policy',
+        'compilation_cache', 'profile', 'mesh_seeds', 'mesh_batch', 'distributed', 'coordinator_address',
+        'num_processes', 'process_id',
+    }
+)  # fmt: skip
 MAX_SEED = 2**31 - 1
 
 

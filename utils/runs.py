@@ -4,6 +4,7 @@ Checkpoints are in checkpoints.py, wandb is in wandb_sink.py. What is logged, an
 """
 
 import contextlib
+import csv
 import importlib.metadata
 import json
 import logging
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -98,6 +99,18 @@ def require_writable(directory: str | os.PathLike) -> Path:
         with tempfile.TemporaryFile(dir=directory):  # access bits do not tell: root, read-only mounts, quotas
             pass
     return directory
+
+
+def write_csv(path: str | os.PathLike, header: Sequence[str], rows: Iterable[Sequence]) -> int:
+    """Writes a table, wholly or not at all; returns its number of rows. They are written as they come."""
+    number = 0
+    with atomic_path(path) as temporary, open(temporary, 'w', newline='') as file:
+        writer = csv.writer(file, lineterminator='\n')
+        writer.writerow(header)
+        for row in rows:
+            writer.writerow(row)
+            number += 1
+    return number
 
 
 @contextlib.contextmanager

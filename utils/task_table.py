@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import envs
 from utils import cli, runs
-from utils.errors import UserError
+from utils.errors import UserError, last_line
 
 STAGES = {
     'data': 'data made',
@@ -50,8 +50,7 @@ def run_command(*arguments) -> None:
     except subprocess.TimeoutExpired:
         raise StageFailed(f'no end after {TIMEOUT} s') from None
     if result.returncode:
-        lines = [line.strip() for line in (result.stdout + result.stderr).splitlines() if line.strip()]
-        raise StageFailed(lines[-1] if lines else f'exit code {result.returncode}')
+        raise StageFailed(last_line(result.stdout + result.stderr) or f'exit code {result.returncode}')
 
 
 def collect(spec: envs.TaskSpec, directory: Path) -> None:
