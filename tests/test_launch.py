@@ -1,6 +1,7 @@
 """The launcher with a stand-in for main.py: failures stay alone, what is finished is skipped, what was stopped resumes;
 the same through submitit."""
 
+import json
 import os
 import signal
 import subprocess
@@ -26,6 +27,8 @@ run = pathlib.Path(flags['save_dir']) / flags['run_group'] / flags['run_name']
 alpha = int(flags['agent.alpha'])
 with open(run / 'starts', 'a') as file:
     print(os.environ.get('CUDA_VISIBLE_DEVICES'), os.environ.get('XLA_PYTHON_CLIENT_MEM_FRACTION'), file=file)
+if hasattr(os, 'sched_getaffinity'):
+    (run / 'cores').write_text(json.dumps(sorted(os.sched_getaffinity(0))))
 config = {'pretraining_steps': 0, 'finetuning_steps': 10, 'agent': {'alpha': alpha}, 'seed': 0}
 (run / 'config.json').write_text(json.dumps(config | {'env_name': flags['env_name']}))
 (run / 'metrics.jsonl').write_text('{"step": 5}\\n')
@@ -124,6 +127,29 @@ def test_jobs_take_the_gpus_in_turn_and_share_their_memory(sweep, monkeypatch):
     runs = expand(sweep(5, 6, 7, 8))
     local.launch(runs, jobs=4, gpus=['2', '3'])
     assert sorted(line for run in runs for line in starts(run)) == ['2 0.45', '2 0.45', '3 0.45', '3 0.45']
+
+
+@pytest.mark.skipif(not hasattr(os, 'sched_setaffinity'), reason='processes cannot be bound to cores here')
+def test_jobs_have_cores_of_their_own(sweep, monkeypatch):
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda process: {1, 2, 4, 7, 8})
+    assert [local.cores_of(job, 2) for job in range(2)] == [{1, 4, 8}, {2, 7}]
+    assert local.cores_of(0, 6) is None
+    monkeypatch.undo()
+
+    before = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, range(os.cpu_count()))
+        everything = os.sched_getaffinity(0)
+        if len(everything) == 1:
+            pytest.skip('one core')
+        runs = expand(sweep(5, 6))
+        local.launch(runs, jobs=2)
+        first, second = (set(json.loads((run.directory / 'cores').read_text())) for run in runs)
+        assert first | second == everything
+        assert not first & second
+        assert os.sched_getaffinity(0) == everything
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def command(*arguments):
