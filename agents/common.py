@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from utils.errors import UserError
 from utils.networks import gaussian_log_prob
 
 
@@ -102,8 +103,16 @@ def learning_rate(config, module: str) -> float:
     return config.lr
 
 
+def weight_decay(config, module: str) -> float:
+    """The agent's `<module>_weight_decay` where it has one, else 0."""
+    return config.get(f'{module}_weight_decay', 0.0)
+
+
 def init_adam(params, config):
-    """One Adam state per module."""
+    """One Adam state per module. Raises UserError for a weight decay below 0."""
+    for name in params:
+        if weight_decay(config, name) < 0:
+            raise UserError(f'agent.{name}_weight_decay={weight_decay(config, name)}: expected 0 or more')
     return {name: optax.adam(learning_rate(config, name)).init(module) for name, module in params.items()}
 
 
@@ -122,6 +131,10 @@ def adam_step(agent, modules, loss_fn):
     for name in modules:
         optimizer = optax.adam(learning_rate(agent.config, name))
         updates, opt_states[name] = optimizer.update(grads[name], opt_states[name])
+        if decay := weight_decay(agent.config, name):
+            # Decoupled from the gradient (AdamW, arXiv 1711.05101), and without a state of its own.
+            shrinkage = learning_rate(agent.config, name) * decay
+            updates = jax.tree.map(lambda update, param: update - shrinkage * param, updates, params[name])
         params[name] = optax.apply_updates(params[name], updates)
     return params, opt_states, metrics
 

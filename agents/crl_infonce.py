@@ -224,6 +224,7 @@ def get_config():
             value_layer_norm=True,
             actor_layer_norm=False,
             reward_layer_norm=True,
+            reward_weight_decay=0.0,  # Decoupled weight decay (AdamW) of the learned reward.
             latent_dim=512,  # Z, of the representations φ and ψ.
             discount=0.99,  # γ, of the goals' geometric offsets.
             goal_offset=1,  # Smallest offset of a goal from its row; 0 admits the row itself.

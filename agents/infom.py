@@ -138,10 +138,13 @@ class InFOMAgent(flax.struct.PyTreeNode):
         future_target = self.velocity(self.target_params, future_x, times, next_condition)
 
         # One forward pass for both terms; their conditions are the same, but z is a constant in the future one.
-        future_condition = self.condition(params, states, batch['actions'], lax.stop_gradient(latents))
-        current_condition = self.networks.vector_field.apply(
-            {'params': params['vector_field']}, future_condition, latents, method='through_last'
-        )
+        if self.config.future_intention_gradient:
+            future_condition = current_condition = self.condition(params, states, batch['actions'], latents)
+        else:
+            future_condition = self.condition(params, states, batch['actions'], lax.stop_gradient(latents))
+            current_condition = self.networks.vector_field.apply(
+                {'params': params['vector_field']}, future_condition, latents, method='through_last'
+            )
         velocities = self.velocity(
             params,
             jnp.concatenate([current_x, future_x]),
@@ -377,10 +380,12 @@ def get_config():
             value_layer_norm=True,  # Critic and vector field; without it long fine-tuning is known to collapse.
             actor_layer_norm=False,
             reward_layer_norm=True,
+            reward_weight_decay=0.0,  # Decoupled weight decay (AdamW) of the learned reward.
             latent_dim=512,  # Z.
             discount=0.99,  # γ.
             tau=0.005,  # Rate of the target networks' moving average.
             expectile=0.9,  # μ of the critic's expectile loss.
+            future_intention_gradient=False,  # Let z learn from ℓ_fut as well as from ℓ_cur.
             kl_weight=0.01,  # λ; the KL term is a mean over Z.
             alpha=10.0,  # Weight of behavioural cloning in the actor loss; tuned per task.
             q_agg='min',  # Aggregation of the two critics in the actor loss: min or mean.

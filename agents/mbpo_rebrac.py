@@ -269,6 +269,7 @@ def get_config():
             value_hidden_dims=(512, 512, 512, 512),  # Critic.
             transition_layer_norm=True,
             reward_layer_norm=True,
+            reward_weight_decay=0.0,  # Decoupled weight decay (AdamW) of the learned reward.
             value_layer_norm=True,  # Critic.
             actor_layer_norm=False,
             discount=0.99,  # γ.

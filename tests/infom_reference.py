@@ -90,7 +90,8 @@ def log_normal(x, means, stds):
 
 def occupancy_loss(params, target, config, batch, draws, bounds, frozen=None):
     """L_FM + λ L_KL and its parts. draws: latents (B, Z), times (B, 1), noise and next_noise (B, S); `frozen` gives
-    the z of the future term."""
+    the z of the future term where no gradient goes to it: in the target and, without `future_intention_gradient`, in
+    the trained field."""
     s, a, next_s, next_a = (batch[k] for k in ('observations', 'actions', 'next_observations', 'next_actions'))
     t, noise, next_noise = draws['times'], draws['noise'], draws['next_noise']
     z, means, log_stds = intentions(params['intention_encoder'], config, batch, draws['latents'])
@@ -102,7 +103,8 @@ def occupancy_loss(params, target, config, batch, draws, bounds, frozen=None):
     future_state = euler(target['vector_field'], config, bounds, next_noise, next_s, next_a, frozen_z)
     x = t * future_state + (1 - t) * next_noise
     goal = vector_field(target['vector_field'], config, x, t, next_s, next_a, frozen_z)
-    future = ((goal - vector_field(params['vector_field'], config, x, t, s, a, frozen_z)) ** 2).mean(-1)
+    future_z = z if config.future_intention_gradient else frozen_z
+    future = ((goal - vector_field(params['vector_field'], config, x, t, s, a, future_z)) ** 2).mean(-1)
 
     flow = ((1 - config.discount) * current + config.discount * future).mean()
     return {

@@ -230,6 +230,21 @@ def test_the_actor_and_its_momentum_rest_between_its_updates(name):
     assert equal(agent.opt_states['actor'], later.opt_states['actor'])
 
 
+@pytest.mark.parametrize('name', ['infom', 'crl_infonce', 'td_infonce', 'mbpo_rebrac'])
+def test_weight_decay_shrinks_the_learned_reward_alone(name):
+    """AdamW (arXiv 1711.05101): apart from the gradient's step, a share lr·decay of each parameter is taken away."""
+    agent, batch = state_case(name)
+    plain, _ = update(agent, batch, KEY, 'finetune_actor')
+    decayed, _ = update(tiny_agents.with_config(agent, reward_weight_decay=2.0), batch, KEY, 'finetune_actor')
+    rate = 2.0 * agent.config.lr
+    for module in agent.params:
+        share = rate if module == 'reward' else 0.0
+        trees = decayed.params[module], plain.params[module], agent.params[module]
+        for actual, new, old in zip(*map(jax.tree.leaves, trees), strict=True):
+            np.testing.assert_allclose(actual, new - share * old, atol=2e-7)
+    assert equal(decayed.opt_states, plain.opt_states)
+
+
 def test_losses_and_updates_speak_of_the_same_metrics(name):
     """Validation reads the losses' metrics, training the updates': the same names, and an actor step adds to them."""
     agent, batch = state_case(name)
@@ -431,6 +446,7 @@ def test_published_defaults(name):
 @pytest.mark.parametrize(
     ('name', 'overrides'),
     [
+        ('infom', dict(reward_weight_decay=-1.0)),
         ('iql', dict(actor_loss='ddpg')),
         ('iql', dict(alpha=-1.0)),
         ('iql', dict(encoder='impala_tiny')),

@@ -32,6 +32,7 @@ VARIANTS = {
         expectile=0.7,
         num_flow_steps=3,
         clip_flow_goals=False,
+        future_intention_gradient=True,
     ),
 }
 REWARD_AT = {'defaults': 'observations', 'switched': 'next_observations'}  # As on OGBench, as on ExORL.
