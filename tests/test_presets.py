@@ -160,6 +160,15 @@ def test_small_keeps_the_published_coefficients():
     assert len(widths) >= 4
 
 
+def test_a_preset_may_set_one_agent_apart():
+    """InFOM's targets follow faster than those of the others."""
+    taus = {name: resolved_config(name, SCENE, 'small')[1].tau for name in ('infom', 'iql', 'fb_iql')}
+    assert taus == {'infom': 0.05, 'iql': 0.02, 'fb_iql': 0.02}
+    assert resolved_config('infom', VISUAL, 'small')[1].tau == 0.05
+    assert resolved_config('crl_infonce', SCENE, 'small')[1].reward_weight_decay == 1.0
+    assert resolved_config('crl_infonce', SCENE, 'paper')[1].reward_weight_decay == 0.0
+
+
 def test_smoke_is_tiny():
     settings, config = resolved_config('infom', VISUAL, 'smoke')
     assert settings.flags['pretraining_steps'] + settings.flags['finetuning_steps'] <= 100
