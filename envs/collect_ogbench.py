@@ -147,7 +147,11 @@ def collect(
         initial=found * episode_length,
         disable=not jobs,
     )
-    with contextlib.closing(finished), bar:
+    with contextlib.ExitStack() as stack:
+        for file in wanted:  # After the workers, one of which may have been stopped while it was writing.
+            stack.callback(parts[file].discard_unfinished)
+        stack.enter_context(contextlib.closing(finished))
+        stack.enter_context(bar)
         for _ in finished:
             bar.update(episode_length)
     if jobs:

@@ -91,14 +91,18 @@ class EpisodeParts:
         parts = list(self.folder.glob('*.npz'))
         same = settings_path.exists() and settings_path.read_text() == written
         self.started_over = bool(parts) and not same
-        for path in self.folder.glob('*.tmp'):
-            path.unlink(missing_ok=True)
+        self.discard_unfinished()
         if not same:
             for path in parts:
                 path.unlink()
             temporary = self.folder / 'settings.tmp'
             temporary.write_text(written)
             os.replace(temporary, settings_path)
+
+    def discard_unfinished(self) -> None:
+        """Removes what a killed process was writing; called while none is."""
+        for path in self.folder.glob('*.tmp'):
+            path.unlink(missing_ok=True)
 
     def missing(self, episodes: int) -> list[int]:
         """Indices below `episodes` that have no readable part."""
