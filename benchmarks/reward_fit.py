@@ -9,12 +9,12 @@ held out the correlation with the true reward and the share of its variance that
 below 0 a constant would do better).
 """
 
+import functools
 import itertools
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from absl import flags
 
@@ -28,6 +28,8 @@ from utils.normalizers import Normalizer
 
 FLAGS = flags.FLAGS
 
+ROWS_AT_ONCE = 10_000
+
 
 def folds(dataset: Dataset, count: int) -> np.ndarray:
     """The fold of each transition, (transitions,): whole episodes in turn."""
@@ -37,26 +39,25 @@ def folds(dataset: Dataset, count: int) -> np.ndarray:
     return episodes % count
 
 
-def fit(agent, dataset, rows, steps, key):
+@functools.partial(jax.jit, static_argnames='steps')
+def fit(agent, dataset, rows, key, steps):
     """The agent after `steps` updates of its reward on batches from `rows`, and the mean loss of the last hundred."""
-    modules = ['reward']
 
     def update(agent, key):
         batch = gather_batch(dataset, jax.random.choice(key, rows, (agent.config.batch_size,)))
-        params, opt_states, metrics = common.adam_step(agent, modules, lambda params: agent.reward_loss(params, batch))
+        params, opt_states, metrics = common.adam_step(
+            agent, ['reward'], lambda params: agent.reward_loss(params, batch)
+        )
         return agent.replace(params=params, opt_states=opt_states), metrics['reward_loss']
 
     agent, losses = jax.lax.scan(update, agent, jax.random.split(key, steps))
     return agent, losses[-100:].mean()
 
 
-def predict(agent, dataset, rows, rows_at_once=10_000):
-    """Learned and true rewards of `rows`, each (rows,)."""
-    scored = jax.jit(
-        lambda rows: agent.predicted_rewards(agent.params, gather_batch(dataset, rows)['reward_observations'])
-    )
-    parts = [scored(rows[start : start + rows_at_once]) for start in range(0, len(rows), rows_at_once)]
-    return np.concatenate(parts), np.asarray(dataset.rewards[rows])
+@jax.jit
+def predict(agent, dataset, rows):
+    """Learned rewards of `rows`: (rows,)."""
+    return agent.predicted_rewards(agent.params, gather_batch(dataset, rows)['reward_observations'])
 
 
 def cross_validate(dataset: Dataset, config, milestones, num_folds: int, seed: int):
@@ -64,23 +65,28 @@ def cross_validate(dataset: Dataset, config, milestones, num_folds: int, seed: i
     the rows of all folds."""
     fold_of = folds(dataset, num_folds)
     on_device = jax.device_put(dataset)
-    fitting = jax.jit(fit, static_argnums=3)
     create = jax.jit(lambda key: infom.InFOMAgent.create(key, example_batch(dataset), config))
-    losses, predictions, truths = ([[] for _ in milestones] for _ in range(3))
+    losses, predictions = ([[] for _ in milestones] for _ in range(2))
+    truths = []
     for fold in range(num_folds):
         fitted, held_out = (
             jnp.asarray(dataset.transition_rows[chosen]) for chosen in (fold_of != fold, fold_of == fold)
         )
+        truths.append(on_device.rewards[held_out])
         agent, done = create(jax.random.fold_in(jax.random.key(seed), fold)), 0
         for i, milestone in enumerate(milestones):
             key = jax.random.fold_in(jax.random.key(seed + 1), fold * len(milestones) + i)
-            agent, loss = fitting(agent, on_device, fitted, milestone - done, key)
-            prediction, truth = predict(agent, on_device, held_out)
-            for collected, value in ((losses, loss), (predictions, prediction), (truths, truth)):
-                collected[i].append(value)
+            agent, loss = fit(agent, on_device, fitted, key, steps=milestone - done)
+            losses[i].append(loss)
+            # In parts: the activations of all rows at once would take hundreds of megabytes.
+            predictions[i] += [
+                predict(agent, on_device, held_out[start : start + ROWS_AT_ONCE])
+                for start in range(0, len(held_out), ROWS_AT_ONCE)
+            ]
             done = milestone
-    for loss, prediction, truth in zip(losses, predictions, truths, strict=True):
-        prediction, truth = np.concatenate(prediction), np.concatenate(truth)
+    truth = np.concatenate(truths)
+    for loss, parts in zip(losses, predictions, strict=True):
+        prediction = np.concatenate(parts)
         explained = 1 - np.mean((prediction - truth) ** 2) / truth.var()
         yield float(np.mean(loss)), float(np.corrcoef(prediction, truth)[0, 1]), float(explained)
 
@@ -114,8 +120,7 @@ def main(_):
     )
     for decay, norm in itertools.product(decays, FLAGS.layer_norms):
         config = infom.get_config()
-        config.update(settings.agent)
-        config.update(ml_collections.ConfigDict({'reward_weight_decay': decay, 'reward_layer_norm': norm == 'true'}))
+        config.update({**settings.agent, 'reward_weight_decay': decay, 'reward_layer_norm': norm == 'true'})
         for step, values in zip(
             milestones, cross_validate(dataset, config, milestones, FLAGS.folds, FLAGS.seed), strict=True
         ):

@@ -147,13 +147,13 @@ def collect(
         initial=found * episode_length,
         disable=not jobs,
     )
-    with contextlib.ExitStack() as stack:
-        for file in wanted:  # After the workers, one of which may have been stopped while it was writing.
-            stack.callback(parts[file].discard_unfinished)
-        stack.enter_context(contextlib.closing(finished))
-        stack.enter_context(bar)
-        for _ in finished:
-            bar.update(episode_length)
+    try:
+        with contextlib.closing(finished), bar:
+            for _ in finished:
+                bar.update(episode_length)
+    finally:  # The workers have ended, and one may have been stopped while it was writing.
+        for file in wanted:
+            parts[file].discard_unfinished()
     if jobs:
         seconds = time.monotonic() - began
         made = len(jobs) * episode_length

@@ -130,7 +130,7 @@ PRESETS = {
             'reward_weight_decay': 1.0,
         },
         image_agent={},
-        # γ = 0.99 asks for several hundred: InFOM's futures come from nothing else.
+        # InFOM's futures come from bootstrapping alone: at γ = 0.99 the product has to be several hundred.
         one_agent={'infom': {'tau': 0.05}},
     ),
     # Seconds: everything runs, nothing is learnt.
