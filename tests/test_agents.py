@@ -78,9 +78,6 @@ ROWS = {
 }
 
 
-WITHOUT_TARGETS = {'crl_infonce'}
-
-
 def test_every_agent_has_a_row():
     assert ROWS.keys() == set(agents.available())
 
@@ -278,7 +275,7 @@ def test_methods_mutate_nothing(name):
 def test_begin_finetuning_copies_every_online_network(name):
     agent, batch = state_case(name)
     begun = agent.begin_finetuning(batch, KEY)
-    assert (name in WITHOUT_TARGETS) == (not agent.target_params)
+    assert (name in tiny_agents.WITHOUT_TARGETS) == (not agent.target_params)
     assert begun.target_params.keys() == agent.target_params.keys()
     for module, target in begun.target_params.items():
         assert not equal(target, agent.target_params[module])
@@ -398,91 +395,3 @@ def test_act(name):
     assert jnp.abs(noisy - mode).max() > 0.1
     assert not equal(noisy, act(agent, batch['observations'], jax.random.key(9), 1.0))
     assert jnp.abs(act(agent, 100 * batch['observations'], KEY, 100.0)).max() <= 1
-
-
-# ----------------------------------------------------------------------------------------------------- configuration
-
-COMMON_DEFAULTS = dict(
-    lr=3e-4, actor_lr=None, batch_size=256, discount=0.99, actor_freq=4, actor_layer_norm=False,
-    const_std=True, value_layer_norm=True, actor_hidden_dims=(512,) * 4, value_hidden_dims=(512,) * 4,
-)  # fmt: skip
-REBRAC_DEFAULTS = dict(
-    tanh_squash=True, alpha_actor=0.1, alpha_critic=0.1, actor_noise=0.2, actor_noise_clip=0.5, normalize_q_loss=True
-)
-DEFAULTS = {
-    'infom': dict(latent_dim=512, kl_weight=0.01, alpha=10.0, num_flow_goals=16, num_flow_steps=10, encoder=None),
-    'iql': dict(alpha=10.0, actor_loss='awr', expectile=0.9, encoder=None),
-    'rebrac': dict(**REBRAC_DEFAULTS, encoder=None),
-    'dino_rebrac': dict(
-        **REBRAC_DEFAULTS, repr_noise=0.2, repr_noise_clip=0.2, repr_temp=0.1, target_repr_temp=0.04, center_rate=0.1,
-        encoder='mlp', encoder_hidden_dims=(512,) * 4,
-    ),
-    'mbpo_rebrac': dict(
-        **REBRAC_DEFAULTS, num_model_rollouts=256, num_model_rollout_steps=2, transition_layer_norm=True,
-        reward_layer_norm=True, encoder=None,
-    ),
-    'crl_infonce': dict(
-        latent_dim=512, alpha=0.1, contrastive_loss='forward_infonce', logsumexp_penalty_coeff=0.01,
-        normalize_q_loss=True, goal_offset=1, actor_goals='trajectory', encoder=None,
-    ),
-    'td_infonce': dict(
-        latent_dim=512, alpha=0.1, logit_agg='mean', normalize_q_loss=True, actor_goals='trajectory', encoder=None
-    ),
-    'fb_iql': dict(
-        latent_dim=512, alpha_repr=10.0, alpha_awr=10.0, repr_agg='mean', orthonorm_coeff=1.0, latent_mix_prob=0.5,
-        num_latent_inference_samples=10_000, expectile=0.9, encoder=None,
-    ),
-    'hilp_iql': dict(latent_dim=512, alpha=10.0, num_latent_inference_samples=10_000, expectile=0.9, encoder=None),
-}  # fmt: skip
-
-
-def test_published_defaults(name):
-    config = agents.load(name).get_config()
-    tau = {} if name in WITHOUT_TARGETS else dict(tau=0.005)
-    expected = {**COMMON_DEFAULTS, **tau, **DEFAULTS[name]}
-    assert {key: config[key] for key in expected} == expected
-    assert config.agent_name == name
-
-
-@pytest.mark.parametrize(
-    ('name', 'overrides'),
-    [
-        ('infom', dict(reward_weight_decay=-1.0)),
-        ('iql', dict(actor_loss='ddpg')),
-        ('iql', dict(alpha=-1.0)),
-        ('iql', dict(encoder='impala_tiny')),
-        ('rebrac', dict(alpha_actor=-0.1)),
-        ('rebrac', dict(alpha_critic=-0.1)),
-        ('rebrac', dict(actor_noise=-0.2)),
-        ('rebrac', dict(actor_noise_clip=-0.5)),
-        ('dino_rebrac', dict(alpha_actor=-0.1)),
-        ('dino_rebrac', dict(encoder=None)),
-        ('dino_rebrac', dict(repr_temp=0.0)),
-        ('dino_rebrac', dict(target_repr_temp=-0.04)),
-        ('dino_rebrac', dict(repr_noise=-0.2)),
-        ('dino_rebrac', dict(repr_noise_clip=-0.2)),
-        ('dino_rebrac', dict(center_rate=0.0)),
-        ('mbpo_rebrac', dict(alpha_critic=-0.1)),
-        ('mbpo_rebrac', dict(encoder='impala_debug')),
-        ('mbpo_rebrac', dict(num_model_rollouts=0)),
-        ('mbpo_rebrac', dict(num_model_rollout_steps=0)),
-        ('mbpo_rebrac', dict(model_buffer_batches=0)),
-        ('mbpo_rebrac', dict(batch_size=1)),
-        ('crl_infonce', dict(contrastive_loss='nce')),
-        ('crl_infonce', dict(actor_goals='future')),
-        ('crl_infonce', dict(goal_offset=-1)),
-        ('crl_infonce', dict(logsumexp_penalty_coeff=-0.1)),
-        ('td_infonce', dict(logit_agg='max')),
-        ('td_infonce', dict(goals='trajectory')),
-        ('td_infonce', dict(actor_goals='future')),
-        ('fb_iql', dict(repr_agg='max')),
-        ('fb_iql', dict(latent_mix_prob=1.5)),
-        ('fb_iql', dict(orthonorm_coeff=-1.0)),
-        ('fb_iql', dict(num_latent_inference_samples=0)),
-        ('hilp_iql', dict(num_latent_inference_samples=0)),
-    ],
-)
-def test_impossible_configurations_are_user_errors(name, overrides):
-    (key,) = overrides
-    with pytest.raises(UserError, match=key):
-        tiny_agents.make_agent(name, tiny_agents.make_batch(), **overrides)

@@ -23,6 +23,7 @@ TINY = dict(
     model_buffer_batches=3,
 )
 IMAGES = dict(encoder='impala_debug', clip_flow_goals=False)
+WITHOUT_TARGETS = {'crl_infonce'}  # Agents that have no target networks.
 
 
 def make_config(name, images=False, **overrides):
