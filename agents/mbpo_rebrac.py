@@ -59,9 +59,11 @@ class MBPOReBRACAgent(flax.struct.PyTreeNode):
         return self.networks.transition.apply({'params': params['transition']}, inputs)
 
     def imagine(self, batch, key):
-        """R rollouts of K steps of the stochastic policy through the model, from states of the batch: transitions
-        (K·R, …) (arXiv 1906.08253, algorithm 2).
+        """R rollouts of K steps of the policy through the model, from states of the batch: transitions (K·R, …)
+        (arXiv 1906.08253, algorithm 2).
 
+        The policy is the one whose value ReBRAC's targets estimate, the mode with smoothing noise: the Gaussian that
+        cloning fits may have a standard deviation of 1, and would leave the states that the model has seen.
         The state advances, and a' is the action that the rollout goes on with. Masks are 1 but where the predicted
         reward is above `termination_reward`.
         """
@@ -70,10 +72,14 @@ class MBPOReBRACAgent(flax.struct.PyTreeNode):
         # The reward belongs to the state before the step or to the one after it, whatever the data say.
         rewarded_after = jnp.all(batch['reward_observations'] == batch['next_observations'])
 
+        def act(states, key):
+            modes, _, _ = rebrac.policy(self, self.params, states)
+            return rebrac.smoothed_actions(self, modes, key)
+
         def step(carry, key):
             states, actions = carry
             next_states = states + self.state_change(self.params, states, actions)
-            next_actions = rebrac.sample_actions(self, self.params, next_states, key)
+            next_actions = act(next_states, key)
             rewarded = jnp.where(rewarded_after, next_states, states)
             rewards = self.networks.reward.apply({'params': self.params['reward']}, rewarded)
             masks = jnp.ones_like(rewards)
@@ -83,7 +89,7 @@ class MBPOReBRACAgent(flax.struct.PyTreeNode):
             return (next_states, next_actions), dict(zip(TRANSITION, row, strict=True))
 
         first_key, *keys = jax.random.split(key, 1 + self.config.num_model_rollout_steps)
-        actions = rebrac.sample_actions(self, self.params, states, first_key)
+        actions = act(states, first_key)
         _, rows = lax.scan(step, (states, actions), jnp.stack(keys))
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows)
 
