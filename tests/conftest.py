@@ -10,13 +10,14 @@ import importlib.metadata
 import os
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-# The tests compile much and compute little: without LLVM's optimisation they take a third of the time, and without
-# MLIR's way of fusing loops compiling takes half of that. The processes that they start inherit this.
+# The tests compile much and compute little: without LLVM's optimisation they take a third of the time, without MLIR's
+# way of fusing loops compiling takes half of that, and a program in one part, where there is one core, a sixth less.
+# The processes that they start inherit this.
 if 'xla_backend_optimization_level' not in os.environ.get('XLA_FLAGS', ''):
     os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_backend_optimization_level=0'.strip()
 # XLA ends a process that passes a flag unknown to it, and other versions may not know this one.
 if 'fusion_emitters' not in os.environ['XLA_FLAGS'] and importlib.metadata.version('jaxlib').startswith('0.10.'):
-    os.environ['XLA_FLAGS'] += ' --xla_cpu_use_fusion_emitters=false'
+    os.environ['XLA_FLAGS'] += ' --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1'
 # A core for each of the processes that share the tests: XLA's threads of one would get in the way of the other's.
 if 'PYTEST_XDIST_WORKER' in os.environ and hasattr(os, 'sched_setaffinity'):
     cores, number = sorted(os.sched_getaffinity(0)), int(os.environ['PYTEST_XDIST_WORKER'].removeprefix('gw'))

@@ -10,6 +10,7 @@ import pytest
 import agents
 from tests import baseline_reference as reference
 from tests import rings, tiny, tiny_agents
+from tests.learning import train
 from utils import datasets, training
 
 KEY = jax.random.key(7)
@@ -128,10 +129,8 @@ def learnt_logits(name, **overrides):
         name, discount=DISCOUNT, lr=1e-3, batch_size=128, latent_dim=8, value_hidden_dims=(32, 32), **overrides
     )
     agent_class = agents.load(name).AGENT
-    trained = training.create_agents(agent_class, SEEDS, datasets.example_batch(dataset), config)
-    keys = training.stream_keys(SEEDS, 'pretraining')
-    trained, _ = training.train_chunk(trained, dataset, keys, jnp.int32(0), phase='pretraining', n=1500)
-    agent = jax.tree.map(lambda x: x[0], trained)
+    fresh = training.create_agents(agent_class, SEEDS, datasets.example_batch(dataset), config)
+    agent = jax.tree.map(lambda x: x[0], train(fresh, SEEDS, dataset, 'pretraining', 1500))
     states = jnp.asarray(rings.observations_of(np.arange(NUM_STATES), NUM_STATES))
     critic = {'params': agent.params['critic']}
     logits = []

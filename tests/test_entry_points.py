@@ -89,15 +89,15 @@ def test_killed_twice_and_resumed_equals_uninterrupted(environment, data, tmp_pa
     """kill −9 in each phase, then the same command: the same bits in the last checkpoint, the same metrics, each step
     once."""
     lengths = (
-        '--pretraining_steps=80',
-        '--finetuning_steps=80',
+        '--pretraining_steps=48',
+        '--finetuning_steps=48',
         '--log_interval=8',
         '--save_interval=8',
-        '--eval_interval=40',
+        '--eval_interval=24',
     )
     assert start(environment, 'main.py', data, tmp_path / 'a', *lengths).returncode == 0
     log = tmp_path / 'b' / 'g' / 'r' / 'metrics.jsonl'
-    for lines in (4, 15):
+    for lines in (3, 11):
         process = subprocess.Popen(
             command('main.py', data, tmp_path / 'b', *lengths),
             cwd=ROOT,

@@ -13,6 +13,7 @@ import agents
 from agents.fb_iql import FBIQLAgent
 from tests import baseline_reference as reference
 from tests import rings, tiny, tiny_agents
+from tests.learning import train
 from utils import datasets, training
 
 KEY = jax.random.key(7)
@@ -124,9 +125,7 @@ def test_the_inferred_latent_solves_a_ring_for_three_rewards():
         actor_hidden_dims=(64, 64), alpha_repr=0.1, num_latent_inference_samples=2000,
     )  # fmt: skip
     fresh = training.create_agents(FBIQLAgent, [0], datasets.example_batch(dataset), config)
-    keys = training.stream_keys([0], 'pretraining')
-    trained, _ = training.train_chunk(fresh, dataset, keys, jnp.int32(0), phase='pretraining', n=3000)
-    trained = jax.tree.map(lambda x: x[0], trained)
+    trained = jax.tree.map(lambda x: x[0], train(fresh, [0], dataset, 'pretraining', 3000))
 
     @jax.jit
     def modes(agent, labelled):

@@ -12,6 +12,7 @@ import agents
 from agents.hilp_iql import HILPIQLAgent
 from tests import baseline_reference as reference
 from tests import rings, tiny, tiny_agents
+from tests.learning import train
 from utils import datasets, training
 
 KEY = jax.random.key(7)
@@ -96,9 +97,7 @@ def test_distances_are_monotone_in_the_steps_between_states():
         'hilp_iql', discount=DISCOUNT, lr=1e-3, tau=0.02, batch_size=128, latent_dim=16, value_hidden_dims=(64, 64)
     )
     fresh = training.create_agents(HILPIQLAgent, [0], datasets.example_batch(dataset), config)
-    keys = training.stream_keys([0], 'pretraining')
-    trained, _ = training.train_chunk(fresh, dataset, keys, jnp.int32(0), phase='pretraining', n=2500)
-    agent = jax.tree.map(lambda x: x[0], trained)
+    agent = jax.tree.map(lambda x: x[0], train(fresh, [0], dataset, 'pretraining', 2500))
     states = jnp.asarray(rings.observations_of(np.arange(NUM_STATES), NUM_STATES))
     representations = np.asarray(agent.represent(agent.params, states))
     steps = rings.distances(NUM_STATES)

@@ -10,6 +10,7 @@ import pytest
 
 from agents import common
 from agents.infom import InFOMAgent, get_config
+from tests.learning import train
 from tests.tiny import make_dataset
 from utils import datasets, training
 
@@ -35,13 +36,6 @@ def small_config(**overrides):
         }
     )
     return config
-
-
-def train(agents, dataset, phase, num_updates):
-    keys = training.stream_keys(SEEDS, phase)
-    agents, metrics = training.train_chunk(agents, dataset, keys, jnp.int32(0), phase=phase, n=num_updates)
-    assert all((first < 0).all() for _, first in metrics.values()), 'losses stay finite'
-    return agents
 
 
 def rows_of(observations, actions):
@@ -83,7 +77,7 @@ def test_flow_samples_match_the_discounted_occupancy_of_a_chain():
     bootstrap (the next state alone) would be off by 0.4 to 0.5."""
     dataset = make_dataset(two_state_chain(0.3))
     agents = training.create_agents(InFOMAgent, SEEDS, datasets.example_batch(dataset), small_config(kl_weight=10.0))
-    agents = train(agents, dataset, 'pretraining', 2000)
+    agents = train(agents, SEEDS, dataset, 'pretraining', 2000)
 
     def sample(agent, state, action):
         latent_key, noise_key = jax.random.split(jax.random.key(7))
@@ -128,7 +122,7 @@ def test_inferred_intentions_lead_to_where_their_behaviour_goes():
     dataset = make_dataset(two_behaviours())
     config = small_config(kl_weight=0.001, latent_dim=4)
     agents = training.create_agents(InFOMAgent, SEEDS, datasets.example_batch(dataset), config)
-    agents = train(agents, dataset, 'pretraining', 1200)
+    agents = train(agents, SEEDS, dataset, 'pretraining', 1200)
     behaviour = np.repeat([1.0, -1.0], 1000)[:, None]
 
     def futures(agent, latents_of):
@@ -185,12 +179,12 @@ def test_fine_tuning_prefers_the_arm_that_leads_to_reward():
     agents = training.create_agents(
         InFOMAgent, SEEDS, datasets.example_batch(make_dataset(raw)), small_config(alpha=0.02, num_flow_steps=5)
     )
-    agents = train(agents, make_dataset(raw), 'pretraining', 1000)
+    agents = train(agents, SEEDS, make_dataset(raw), 'pretraining', 1000)
 
     def mode(agents):
         return np.asarray(jax.vmap(lambda agent: agent.act(jnp.zeros((1, 1)), jax.random.key(0), 0.0))(agents)).ravel()
 
     assert np.abs(mode(agents)).max() < 0.2, 'the clone is indifferent'
     agents = training.begin_finetuning(agents, make_dataset(labelled), training.stream_keys(SEEDS, 'begin_finetuning'))
-    agents = train(agents, make_dataset(labelled), 'finetuning', 1000)
+    agents = train(agents, SEEDS, make_dataset(labelled), 'finetuning', 1000)
     assert mode(agents).min() > 0.3, f'modes {mode(agents)}'
