@@ -17,10 +17,18 @@ from envs.data import ACTION_TOLERANCE, PHASES, SPLITS
 from utils.errors import UNREADABLE_NPZ, UserError
 
 MINARI = 'minari:'
+SUITE = 'custom'
+PREFIX = 'custom-'  # Of task names; no name of the benchmark's tasks begins with it.
 VALIDATION_SHARE = 0.1  # Of the episodes, rounded, at least one.
 HDF5_SUFFIXES = ('.hdf5', '.h5')
 REQUIRED = ('observations', 'actions', 'terminals')
 OPTIONAL = ('rewards', 'masks', 'next_observations')
+
+
+def task_name(dataset: str) -> str:
+    """What runs and results call the task of a data set, which need not exist any more: 'custom-' and its name."""
+    stem = dataset.removeprefix(MINARI) if dataset.startswith(MINARI) else Path(dataset).stem
+    return PREFIX + re.sub(r'[^\w+=@,.-]', '-', stem)
 
 
 def task_spec(dataset: str, env_name: str) -> TaskSpec:
@@ -34,16 +42,14 @@ def task_spec(dataset: str, env_name: str) -> TaskSpec:
     """
     if dataset.startswith(MINARI):
         observation_size, action_size = _minari_sizes(_open_minari(dataset))
-        stem = dataset.removeprefix(MINARI)
     else:
         with _opened(Path(dataset).expanduser()) as arrays:
             shapes = {name: tuple(arrays[name].shape) for name in (*REQUIRED, *OPTIONAL) if name in arrays}
         _check_shapes(shapes, dataset)
         observation_size, action_size = shapes['observations'][1], shapes['actions'][1]
-        stem = Path(dataset).stem
     return TaskSpec(
-        name='custom-' + re.sub(r'[^\w+=@,.-]', '-', stem),
-        suite='custom',
+        name=task_name(dataset),
+        suite=SUITE,
         domain=f'custom data of {observation_size} observations and {action_size} actions',
         visual=False,
         env_id=env_name,

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from envs import TaskSpec, data, make_env
+from envs import TaskSpec, custom, data, make_env
 from utils.errors import UNREADABLE_NPZ, UserError
 
 # OGBench's observations (`compute_observation` of its environments): 19 numbers of the arm, then the objects.
@@ -20,7 +20,7 @@ CUBES = {'cube-single': 1, 'cube-double': 2, 'scene': 1, 'puzzle-4x4': 0}
 BUTTONS = {'cube-single': 0, 'cube-double': 0, 'scene': 2, 'puzzle-4x4': 16}
 # Moves of one step, in metres, above which somebody moves the object: it does not just settle.
 CUBE_STEP, SLIDE_STEP = 0.002, 0.001
-LOOKAHEAD = 25  # Steps over which the coming motion of an ExORL body is averaged.
+LOOKAHEAD = 25  # Steps over which a coordinate to come is averaged.
 
 
 class Coordinate(NamedTuple):
@@ -128,9 +128,14 @@ EXORL_PANELS = {
 
 
 def panels(spec: TaskSpec) -> tuple[Panel, ...]:
-    """The plots that show a task's states; none for images."""
+    """The plots that show a task's states; none for images. What a user's own observations mean is not known: the first
+    four are shown by number."""
     if spec.visual:
         return ()
+    if spec.suite == custom.SUITE:
+        columns = [_column(f'observation {index}', index) for index in range(min(4, spec.observation_shape[0]))]
+        pairs = zip(columns[::2], columns[1::2] or columns)  # A single column is drawn against itself.
+        return tuple(Panel(f'{x.label} and {y.label}', x, y) for x, y in pairs)
     return EXORL_PANELS[spec.domain] if spec.suite == 'exorl' else _ogbench_panels(spec.domain)
 
 
@@ -140,12 +145,13 @@ def panels(spec: TaskSpec) -> tuple[Panel, ...]:
 def behaviour(spec: TaskSpec, observations: np.ndarray, ends: np.ndarray) -> Behaviour | None:
     """What is done from each row on, to colour intentions by; None for images.
 
-    OGBench: which object is the next to be moved, to the end of the episode. ExORL: the first coordinate of `panels`,
-    averaged over the `LOOKAHEAD` steps to come. observations (rows, d), ends (rows,): last row of each row's episode.
+    OGBench: which object is the next to be moved, to the end of the episode. Elsewhere: the first coordinate of
+    `panels`, averaged over the `LOOKAHEAD` steps to come. observations (rows, d), ends (rows,): last row of each row's
+    episode.
     """
     if spec.visual:
         return None
-    if spec.suite == 'exorl':
+    if spec.suite != 'ogbench':
         coordinate = panels(spec)[0].x
         rows = np.minimum(np.arange(len(ends))[:, None] + np.arange(LOOKAHEAD), ends[:, None])
         values = coordinate.of(observations)[rows].mean(axis=1)
@@ -188,7 +194,10 @@ def _first_true(events: np.ndarray, ends: np.ndarray) -> np.ndarray:
 
 
 def load_states(spec: TaskSpec, phase: str, split: str, dataset_dir, rows: int) -> dict[str, np.ndarray] | None:
-    """The simulator's states that a data file stores for its first `rows` rows; None if it stores none."""
+    """The simulator's states that a data file stores for its first `rows` rows; None if it stores none, as a user's own
+    file, of which nobody knows the simulator."""
+    if spec.suite == custom.SUITE:
+        return None
     needed = ('physics',) if spec.suite == 'exorl' else ('qpos', 'qvel')
     path = data.task_path(spec, phase, split, dataset_dir)
     try:

@@ -81,6 +81,20 @@ def test_bars_show_means_over_tasks_beside_the_published(runs, opened):
     assert [bar.get_height() for bar in walker.patches] == pytest.approx([6])
 
 
+def test_own_data_have_panels_and_negative_bars(tmp_path, opened):
+    settings = {'dataset': '/far/away/sorting.npz'}
+    write_run(tmp_path, 'g/a', {0: [-4.0, -3.0, -2.0]}, env_name='Sorter-v0', settings=settings)
+    write_run(tmp_path, 'g/b', {0: [0.0, 0.4, 0.5]})
+    curves = collect(tmp_path).curves
+    figure = figures.domain_bars(curves)
+    opened.append(figure)
+    cube, own = figure.axes
+    assert own.get_title() == 'custom-sorting (1 task)' and own.get_ylim()[0] <= -3
+    assert cube.get_ylim()[0] == 0
+    files = {path.name for path in figures.draw_all(curves, tmp_path, ['png'])}
+    assert files == {'domain_bars.png', 'curves_ogbench.png', 'curves_custom.png'}
+
+
 def test_learning_curves_have_a_panel_for_each_task(runs, opened):
     figure = figures.learning_curves(collect(runs).curves)
     opened.append(figure)

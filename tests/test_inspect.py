@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import envs
-from envs import data, play
+from envs import custom, data, play
 from tests import tiny, tiny_agents
 from utils import checkpoints, inspect, inspect_parts, runs, training
 from utils.datasets import Dataset, example_batch
@@ -36,10 +36,13 @@ def data_dir(tmp_path_factory):
     return folder
 
 
-def make_run(folder, data_dir, agent_name, phases, num_seeds=1):
+def make_run(folder, data_dir, agent_name, phases, num_seeds=1, dataset=None):
     """A run directory as `utils.experiment` leaves one behind, of untrained tiny agents: a checkpoint after each
-    phase."""
-    raw = {phase: data.load_raw(TASK, phase, 'val', data_dir) for phase in phases}
+    phase. dataset: of the user's own."""
+    if dataset:
+        raw = {phase: custom.load_raw(dataset, phase, 'val') for phase in phases}
+    else:
+        raw = {phase: data.load_raw(TASK, phase, 'val', data_dir) for phase in phases}
     normalizer = Normalizer.fit(raw[phases[0]]['observations'], 'normal')
     config = tiny_agents.make_config(agent_name)
     example = example_batch(Dataset.create(raw[phases[0]], normalizer))
@@ -47,7 +50,8 @@ def make_run(folder, data_dir, agent_name, phases, num_seeds=1):
     agents = training.create_agents(tiny_agents.agents.load(agent_name).AGENT, seeds, example, config)
     run = runs.make_run_directory(folder, 'g', agent_name)
     sources = {f'{phase}/val': raw[phase]['source'] for phase in phases}
-    settings = {'env_name': TASK, 'agent_name': agent_name, 'seed': 3, 'num_seeds': num_seeds, 'dataset_dir': data_dir}
+    settings = {'agent_name': agent_name, 'seed': 3, 'num_seeds': num_seeds, 'dataset_dir': str(data_dir)}
+    settings |= {'env_name': envs.NO_ENV if dataset else TASK, 'dataset': dataset}
     with runs.MetricsLog(run / 'metrics.jsonl') as log, checkpoints.CheckpointWriter(run / 'checkpoints') as writer:
         for number, phase in enumerate(phases, start=1):
             for seed in seeds:
@@ -118,6 +122,20 @@ def test_infom_from_run_to_page(data_dir, tmp_path, small):
     assert len(futures) == 2 * 4 and {row['intention'] for row in futures} == {'z inferred', 'z from the prior, 1'}
     values = rows_of(run / 'figures' / 'inspect_values.csv')
     assert len(values) == 40 and {'realised return', 'Q, as the actor sees it'} < set(values[0])
+
+
+def test_own_data_are_shown_by_numbered_observations(tmp_path, small):
+    raw = tiny.random_walks(labelled=True)
+    np.savez(tmp_path / 'mine.npz', **raw)
+    run = make_run(tmp_path, None, 'infom', data.PHASES, dataset=str(tmp_path / 'mine.npz'))
+    page = page_of(inspect.open_run(run, num_states=1))
+    assert figures(run) == {
+        'curves.png', 'futures.csv', 'futures_0.png', 'intentions.csv', 'intentions.png', 'occupancy.csv',
+        'occupancy.png', 'values.csv', 'values.png',
+    }  # fmt: skip
+    assert 'No pictures: mine.npz holds no states' in page and 'Left out' not in page
+    columns = rows_of(run / 'figures' / 'inspect_futures.csv')[0]
+    assert list(columns)[3:] == [f'observation {index}' for index in range(min(4, tiny.STATE_DIM))]
 
 
 def test_what_another_agent_and_a_pretraining_run_leave_out(data_dir, tmp_path, small):

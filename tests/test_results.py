@@ -54,6 +54,43 @@ def test_exorl_is_scored_by_return(tmp_path):
     assert (curve.unit, curve.domain, curve.score) == ('return', 'walker', 300.0)
 
 
+def test_own_data_are_a_task_of_their_own_beside_the_benchmarks(tmp_path):
+    """Two data sets in one environment, and a task of the benchmark; none of the files exists. Returns may be negative,
+    and no scale makes them comparable with the benchmark's."""
+    for name, dataset, agent in (
+        ('a', '/far/away/sorting.npz', 'infom'),
+        ('b', '/elsewhere/sorting.npz', 'iql'),
+        ('c', 'minari:mujoco/hopper/medium-v0', 'infom'),
+    ):
+        settings = {'dataset': dataset}
+        write_run(
+            tmp_path, f'g/{name}', {0: [-4.0, -3.0, -2.0]}, env_name='Sorter-v0', agent=agent, settings=settings,
+            explicit=('dataset',),
+        )  # fmt: skip
+    write_run(tmp_path, 'g/d', {0: [0.5, 0.5, 0.5]})
+    collection = collect(tmp_path)
+    curves = {curve.run: curve for curve in collection.curves}
+    assert not collection.left_out
+    assert [(curve.method, curve.env_name, curve.domain) for _, curve in sorted(curves.items())] == [
+        ('InFOM', 'custom-sorting', 'custom-sorting'),
+        ('IQL', 'custom-sorting', 'custom-sorting'),
+        ('InFOM', 'custom-mujoco-hopper-medium-v0', 'custom-mujoco-hopper-medium-v0'),
+        ('InFOM', CUBE.format(1), 'cube-single'),
+    ]
+    assert (curves['g/a'].unit, curves['g/a'].score) == ('return', -3.0)
+    titles = [table.title for table in tables.all_tables(collection.curves)]
+    assert titles == [
+        'cube-single (success %)', 'custom-mujoco-hopper-medium-v0 (return)', 'custom-sorting (return)', 'Stability',
+        'Probability of improvement',
+    ]  # fmt: skip
+    output = tmp_path / 'out'
+    results.write_results(collection, output.with_suffix('.csv'), ['*'])
+    read = {curve.run: curve for curve in results.read_results(output.with_suffix('.csv'))}
+    assert {run: (curve.env_name, curve.score) for run, curve in read.items()} == {
+        run: (curve.env_name, curve.score) for run, curve in curves.items()
+    }
+
+
 # ------------------------------------------------------------------------------------------ what counts, what does not
 
 

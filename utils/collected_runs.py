@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 import envs
+from envs import custom
 from utils.errors import UserError
 from utils.run_config import OPERATIONAL_FLAGS
 from utils.run_status import FINISHED, read_json, run_status
@@ -38,10 +39,12 @@ AGENT_TITLES = {
 SUITE_SCORES = {
     'ogbench': ('evaluation/episode.success', 'success %', 100.0),
     'exorl': ('evaluation/episode.return', 'return', 1.0),
+    custom.SUITE: ('evaluation/episode.return', 'return', 1.0),
 }
 # What config.json says that is no setting of the method: which task and seeds, and how the run was done and watched.
 NOT_SETTINGS = OPERATIONAL_FLAGS | {
-    'agent', 'agent_name', 'env_name', 'sources', 'start', 'data', 'environment', 'seed', 'num_seeds', 'log_interval',
+    'agent', 'agent_name', 'env_name', 'dataset', 'sources', 'start', 'data', 'environment', 'seed', 'num_seeds',
+    'log_interval',
 }  # fmt: skip
 
 
@@ -72,7 +75,7 @@ class Curve:
 
     @property
     def unit(self) -> str:
-        return SUITE_SCORES[envs.task_spec(self.env_name).suite][1]
+        return SUITE_SCORES[suite_of(self.env_name)][1]
 
     @property
     def scores(self) -> dict[str, float | None]:
@@ -105,7 +108,7 @@ class CollectedRun:
 
     @property
     def env_name(self) -> str:
-        return self.config['env_name']
+        return task_of(self.config)
 
     @property
     def method(self) -> str:
@@ -122,9 +125,26 @@ class Collection:
     notes: list[str]
 
 
-def domain_of(env_name: str) -> str:
-    """The domain that a task is reported under: the four image tasks are one, as in the paper."""
-    task = envs.task_spec(env_name)
+def task_of(config: dict) -> str:
+    """What results call a run's task: the benchmark's name, or that of a user's own data."""
+    return custom.task_name(config['dataset']) if config.get('dataset') else config['env_name']
+
+
+def suite_of(task: str) -> str:
+    """'ogbench', 'exorl' or 'custom', without a look at the data."""
+    return custom.SUITE if task.startswith(custom.PREFIX) else envs.task_spec(task).suite
+
+
+def task_position(task: str) -> tuple[int, str]:
+    """Sorts tasks in the order of `envs.TASKS`, others by name after them."""
+    return envs.TASKS.index(task) if task in envs.TASKS else len(envs.TASKS), task
+
+
+def domain_of(task: str) -> str:
+    """The domain that a task is reported under: the four image tasks are one, as in the paper; own data, one each."""
+    if suite_of(task) == custom.SUITE:
+        return task
+    task = envs.task_spec(task)
     return 'visual' if task.visual else task.domain
 
 
@@ -185,7 +205,7 @@ def _read_run(name: str, directory: Path) -> CollectedRun:
         raise UserError(status)
     config = read_json(directory / 'config.json')
     try:
-        metric = SUITE_SCORES[envs.task_spec(config['env_name']).suite][0]
+        metric = SUITE_SCORES[suite_of(task_of(config))][0]
         seeds = range(config['seed'], config['seed'] + config['num_seeds'])
         explicit, resolved = _settings(config)
         rows: dict[int, list[dict]] = {seed: [] for seed in seeds}
@@ -235,7 +255,7 @@ def _tell_methods_apart(collected: list[CollectedRun]) -> None:
 
 
 def _curve(run: CollectedRun, seed: int, varied: Iterable[str]) -> Curve:
-    metric, _, factor = SUITE_SCORES[envs.task_spec(run.env_name).suite]
+    metric, _, factor = SUITE_SCORES[suite_of(run.env_name)]
     rows = run.rows[seed]
     return Curve(
         run=run.name,

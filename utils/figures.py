@@ -16,9 +16,8 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-import envs
 from utils import cli, plots, statistics
-from utils.collected_runs import AGENT_TITLES, Curve, method_title
+from utils.collected_runs import AGENT_TITLES, SUITE_SCORES, Curve, method_title, suite_of, task_position
 from utils.errors import UserError
 from utils.results import load_curves
 from utils.runs import require_writable
@@ -63,7 +62,8 @@ def domain_bars(curves: Sequence[Curve]):
         axis.set_title(f'{domain} ({most} task{"s" if most > 1 else ""})')
         axis.set_ylabel(of_domain[0].unit)
         axis.set_xticks([])
-        axis.set_ylim(bottom=0)
+        if min(curve.score for curve in of_domain) >= 0:  # Returns on a user's own data may be negative.
+            axis.set_ylim(bottom=0)
     plots.legend(figure, axes)
     return figure
 
@@ -161,8 +161,8 @@ def draw_all(curves: Sequence[Curve], output: Path, formats: Sequence[str]) -> l
     """Draws every figure that the curves support and returns the files."""
     compared = without_variants(curves)
     figures = {'domain_bars': lambda: domain_bars(compared)}
-    for suite in ('ogbench', 'exorl'):
-        of_suite = [curve for curve in compared if envs.task_spec(curve.env_name).suite == suite]
+    for suite in SUITE_SCORES:
+        of_suite = [curve for curve in compared if suite_of(curve.env_name) == suite]
         if of_suite:
             figures[f'curves_{suite}'] = lambda of_suite=of_suite: learning_curves(of_suite)
     for agent, variants in ablations(curves):
@@ -183,8 +183,8 @@ def draw_all(curves: Sequence[Curve], output: Path, formats: Sequence[str]) -> l
 # --- Pieces ---
 
 
-def task_order(curve: Curve) -> int:
-    return envs.TASKS.index(curve.env_name)
+def task_order(curve: Curve) -> tuple[int, str]:
+    return task_position(curve.env_name)
 
 
 def task_title(task: str) -> str:

@@ -63,9 +63,11 @@ class Look:
 
     def load_raw(self, phase: str) -> dict:
         """The held-out rows of a phase, in the simulator's units."""
-        from envs.data import load_raw
+        from envs import custom, data
 
-        return load_raw(self.task.name, phase, 'val', self.dataset_dir)
+        if self.task.suite == custom.SUITE:
+            return custom.load_raw(self.task.dataset_env, phase, 'val')
+        return data.load_raw(self.task.name, phase, 'val', self.dataset_dir)
 
     def make_dataset(self, raw: dict):
         """Rows as the agent sees them, on the device."""
@@ -86,7 +88,7 @@ def open_run(directory, seed=None, dataset_dir=None, num_states=3) -> Look:
     try:
         config = json.loads((directory / 'config.json').read_text())
         first, count, recorded = config['seed'], config['num_seeds'], config['data']
-        task = envs.task_spec(config['env_name'])
+        task = envs.task_spec(config['env_name'], config.get('dataset'))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f'{directory} is not a run directory ({type(error).__name__}: {error}): expected one that main.py, '

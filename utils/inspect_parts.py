@@ -160,8 +160,8 @@ class Pictures:
         self._states = state_views.load_states(look.task, look.phase, 'val', look.dataset_dir, rows)
         if self._states is None:
             report.text(
-                f'No pictures: {look.raw["source"]["file"]} holds no states of the simulator. Made anew by this '
-                'version, validation files do.'
+                f'No pictures: {look.raw["source"]["file"]} holds no states of the simulator; the validation files '
+                'that this version makes of the benchmark do.'
             )
             return
         try:

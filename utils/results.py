@@ -22,9 +22,8 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-import envs
 from utils import cli, tables
-from utils.collected_runs import SUITE_SCORES, Collection, Curve, collect
+from utils.collected_runs import SUITE_SCORES, Collection, Curve, collect, suite_of
 from utils.errors import UserError
 from utils.runs import RESERVED_KEYS, atomic_path, read_metrics, require_writable, write_csv
 
@@ -93,7 +92,7 @@ def read_results(path: Path) -> list[Curve]:
                 raise UserError(f'{path} has no column {sorted(missing)[0]}: expected a results.csv of utils.results')
             settings = [name for name in reader.fieldnames if name not in IDENTITY and '/' not in name]
             for row in reader:
-                metric = SUITE_SCORES[envs.task_spec(row['env_name']).suite][0]
+                metric = SUITE_SCORES[suite_of(row['env_name'])][0]
                 if row['phase'] == 'finetuning' and row.get(metric):
                     groups[row['run'], int(row['seed'])].append(row)
         return [_curve_of_rows(rows, settings) for rows in groups.values()]
@@ -103,7 +102,7 @@ def read_results(path: Path) -> list[Curve]:
 
 def _curve_of_rows(rows: list[dict], settings: Sequence[str]) -> Curve:
     first = rows[0]
-    metric, _, factor = SUITE_SCORES[envs.task_spec(first['env_name']).suite]
+    metric, _, factor = SUITE_SCORES[suite_of(first['env_name'])]
     steps = np.array([int(row['step']) for row in rows])
     return Curve(
         run=first['run'],

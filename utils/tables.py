@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 import envs
+from envs import custom
 from utils import statistics
-from utils.collected_runs import AGENT_TITLES, Curve, domain_of, method_title
+from utils.collected_runs import AGENT_TITLES, Curve, domain_of, method_title, suite_of, task_position
 
 PUBLISHED_PATH = Path(__file__).with_name('published_results.csv')
 PUBLISHED_SETUP = 'InFOM (arXiv 2506.08902): 8 seeds (images: 4), full size; averages read off bar charts'
@@ -81,14 +82,14 @@ def scores_by_task(curves: Sequence[Curve]) -> dict[str, dict[str, np.ndarray]]:
 def reporting_order(curve: Curve) -> tuple:
     agents = list(AGENT_TITLES)
     agent = agents.index(curve.agent) if curve.agent in agents else len(agents)
-    return agent, curve.method, envs.TASKS.index(curve.env_name) if curve.env_name in envs.TASKS else 0, curve.seed
+    return agent, curve.method, task_position(curve.env_name), curve.seed
 
 
 def all_tables(curves: Sequence[Curve]) -> list[Table]:
     """Every table that the curves support."""
     scores = scores_by_task(curves)
-    reported = {domain_of(task) for tasks in scores.values() for task in tasks}
-    domains = [domain for domain in dict.fromkeys(map(domain_of, envs.TASKS)) if domain in reported]
+    reported = sorted({task for tasks in scores.values() for task in tasks}, key=task_position)
+    domains = list(dict.fromkeys(map(domain_of, reported)))
     tables = [domain_table(domain, curves) for domain in domains]
     tables.append(stability_table(curves, domains))
     if len(scores) > 1 or any(len(tasks) > 1 for tasks in scores.values()):
@@ -100,7 +101,7 @@ def domain_table(domain: str, curves: Sequence[Curve]) -> Table:
     """Rows: methods, each followed by its published figures where there are any. Columns: tasks, and their average."""
     curves = [curve for curve in curves if curve.domain == domain]
     scores = scores_by_task(curves)
-    tasks = sorted({task for of_method in scores.values() for task in of_method}, key=envs.TASKS.index)
+    tasks = sorted({task for of_method in scores.values() for task in of_method}, key=task_position)
     rows = []
     shown = set()  # Published rows: the variants of an agent share one.
     for method, of_method in scores.items():
@@ -175,7 +176,8 @@ def aggregate_tables(scores: dict[str, dict[str, np.ndarray]]) -> list[Table]:
         method: {task: values * _to_per_cent(task) for task, values in tasks.items()}
         for method, tasks in scores.items()
     }
-    common = sorted(set.intersection(*map(set, normalised.values())), key=envs.TASKS.index)
+    shared_by_all = set.intersection(*map(set, normalised.values()))
+    common = sorted((task for task in shared_by_all if suite_of(task) != custom.SUITE), key=task_position)
     tables = []
     if common:
         rows = []
@@ -229,6 +231,8 @@ _INTERVALS = f'In brackets: {statistics.CONFIDENCE:.0%} stratified bootstrap int
 
 def _short_name(task: str) -> str:
     """'task1' or 'run_backward'; image tasks keep their domain."""
+    if suite_of(task) == custom.SUITE:
+        return task.removeprefix(custom.PREFIX)
     if task.startswith('visual-'):
         return task.removesuffix('-play-singletask-task1-v0')
     if '-singletask' in task:
@@ -237,9 +241,9 @@ def _short_name(task: str) -> str:
 
 
 def _to_per_cent(task: str) -> float:
-    """From the unit of a task's scores to per cent of the largest possible: ExORL's rewards are at most 1 a step."""
-    spec = envs.task_spec(task)
-    return 1.0 if spec.suite == 'ogbench' else 100.0 / envs.EXORL_EPISODE_LENGTHS[spec.domain]
+    """From the unit of a task's scores to per cent of the largest possible: ExORL's rewards are at most 1 a step. Of a
+    user's own data the largest is not known: their scores stay as they are, and out of what mixes tasks."""
+    return 100.0 / envs.EXORL_EPISODE_LENGTHS[domain_of(task)] if suite_of(task) == 'exorl' else 1.0
 
 
 def _plus_minus(mean: float, std: float | None) -> str:
