@@ -91,6 +91,22 @@ def test_losses_and_gradients(name, losses, overrides):
         np.testing.assert_allclose(pretraining['contrastive_accuracy'], correct)
 
 
+@pytest.mark.parametrize(('name', 'blind'), [('td_infonce', True), ('crl_infonce', False)])
+def test_td_infonce_alone_does_not_see_what_all_goals_share(name, blind):
+    """A constant added to every ψ(g) is a constant added to each row's logits, which a softmax forgets; CRL's logsumexp
+    penalty does not. In TD InfoNCE the last biases of ψ therefore follow nothing but rounding."""
+    agent, batch = make_case(name)
+    last = f'Dense_{len(agent.config.value_hidden_dims)}'
+    shifted = jax.tree.map(lambda x: x, agent.params)
+    shifted['critic']['goal_head']['VmapMLP_0'][last]['bias'] += 1.0
+    gradient = jax.jit(jax.value_and_grad(lambda params: agent.pretraining_loss(params, batch, KEY)[0]))
+    (loss, grads), (shifted_loss, _) = gradient(agent.params), gradient(shifted)
+    of_head = grads['critic']['goal_head']['VmapMLP_0'][last]
+    share = np.abs(of_head['bias']).max() / np.abs(of_head['kernel']).max()
+    assert (abs(shifted_loss - loss) < 1e-5) == blind
+    assert (share < 1e-5) == blind
+
+
 def test_large_logits_stay_in_log_space():
     """Logits far beyond what exp can hold give a finite loss; those below the floor of CRL's weights count as it."""
     agent, batch = make_case('crl_infonce')
