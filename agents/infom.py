@@ -29,15 +29,14 @@ NUM_GPI_INTENTIONS = 8  # Intentions per row over which `policy_extraction=gpi` 
 
 
 class Networks(NamedTuple):
-    """Module definitions (no parameters); names are the keys of `InFOMAgent.params`. `encoder` is None for states,
-    `intention_encoder` in ablations without it."""
+    """Module definitions (no parameters); names are the keys of `InFOMAgent.params`."""
 
     vector_field: nn.Module
-    intention_encoder: nn.Module | None
+    intention_encoder: nn.Module | None  # None in ablations without it.
     critic: nn.Module
     reward: nn.Module
     actor: nn.Module
-    encoder: nn.Module | None
+    encoder: nn.Module | None  # None for states.
 
 
 class InFOMAgent(flax.struct.PyTreeNode):
@@ -75,8 +74,7 @@ class InFOMAgent(flax.struct.PyTreeNode):
         return self.networks.vector_field.apply({'params': params['vector_field']}, x, times, condition)
 
     def sample_futures(self, params, noise, condition):
-        """Future states by Euler integration of the field in `params` from noise (…, S), clipped at each step if
-        configured."""
+        """Future states (…, S): Euler steps along the field in `params` from noise (…, S), clipped if configured."""
         return euler_integrate(
             lambda x, t: self.velocity(params, x, t, condition), noise, self.config.num_flow_steps, self.flow_bounds
         )
@@ -194,8 +192,7 @@ class InFOMAgent(flax.struct.PyTreeNode):
         return rewards.mean(axis=1) / (1 - self.config.discount)
 
     def critic_loss(self, params, batch, key):
-        """L_Q = E_{e,i} ρ_μ(y − Q_e(s, a)): the expectile over random z is the implicit generalised policy
-        improvement."""
+        """L_Q = E_{e,i} ρ_μ(y − Q_e(s, a)): the expectile over random z is implicit policy improvement (GPI)."""
         targets = self.q_targets(params, batch, key)
         qs = self.networks.critic.apply({'params': params['critic']}, batch['observations'], batch['actions'])  # (2, B)
         # The ablations' policy improvement is explicit or none: their Q is the mean.
@@ -332,10 +329,9 @@ class InFOMAgent(flax.struct.PyTreeNode):
         flow_bounds = None
         if config.clip_flow_goals:
             flow_bounds = clipping_bounds(example_batch['observation_min'], example_batch['observation_max'])
-        with_target = ['vector_field'] if encoder is None else ['vector_field', 'encoder']
         return cls(
             params=params,
-            target_params=common.copy_of({name: params[name] for name in with_target}),
+            target_params=common.copy_of({k: params[k] for k in ('vector_field', 'encoder') if k in params}),
             opt_states=common.init_adam(params, config),
             flow_bounds=flow_bounds,
             representation=intentions.create(jax.random.fold_in(key, 1), example_batch, config),
