@@ -28,6 +28,7 @@ import jax
 import pytest
 
 jax.config.update('jax_default_matmul_precision', 'highest')
+gc.set_threshold(100_000)  # Tracing makes many objects and little garbage: looking for it takes a tenth of the time.
 
 
 def pytest_configure(config):

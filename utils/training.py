@@ -26,7 +26,9 @@ def stream_keys(seeds, stream: str):
 
 def create_agents(agent_class, seeds, example_batch, config):
     """Fresh agents, vmapped over `seeds`: every array gains a leading axis (S, …)."""
-    create = jax.jit(jax.vmap(lambda key: agent_class.create(key, example_batch, config)))
+    # It runs once: optimising it takes a CPU seconds, and running it as it is a fraction of one.
+    options = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
+    create = jax.jit(jax.vmap(lambda key: agent_class.create(key, example_batch, config)), compiler_options=options)
     return create(stream_keys(seeds, 'create'))
 
 
