@@ -1,0 +1,102 @@
+"""Time of an evaluation by number of workers, beside the same episodes one after the other in this process.
+
+    python -m benchmarks.evaluation [--env_name=…] [--episodes=50] [--workers=2,4] [--repeats=3]
+
+The policy is a fresh InFOM agent's of the preset's size, in float32 on the default device. All take turns (one after
+the other, 2 workers, …) after a first evaluation each, which starts the environments and is reported apart: a run keeps
+them for the next one. Prints a Markdown table and, as the last line, one JSON object; a share is the median over turns
+of the time with workers over the time without. The results must be the same, or it fails.
+"""
+
+import functools
+import json
+import math
+import os
+import statistics
+import time
+
+from absl import flags
+
+import envs
+from utils import cli, presets
+from utils.errors import UserError
+from utils.evaluation import Evaluator
+
+FLAGS = flags.FLAGS
+
+
+def make_policy(env_name: str, preset: str):
+    """Actions (1, W, A) of an untrained actor for observations (W, …) of the task."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from agents import infom
+    from utils import training
+    from utils.normalizers import Normalizer
+
+    spec = envs.task_spec(env_name)
+    config = infom.get_config()
+    config.update(presets.resolve('infom', env_name, preset).agent)
+    size = spec.observation_shape
+    example = {
+        'observations': jnp.zeros((1, *size), jnp.uint8 if spec.visual else jnp.float32),
+        'actions': jnp.zeros((1, spec.action_size)),
+        'observation_min': -jnp.ones(size),
+        'observation_max': jnp.ones(size),
+    }
+    agents = training.create_agents(infom.AGENT, [0], example, config)
+    normalizer = Normalizer.fit(np.zeros((2, *size), np.uint8 if spec.visual else np.float32), 'none')
+    return training.make_policy(agents, normalizer, [0])
+
+
+def compare(make_env, policy, worker_counts, episodes: int, repeats: int):
+    """{workers: (seconds of the first evaluation, [seconds of each turn])}; raises RuntimeError where results
+    differ."""
+    evaluators = {workers: Evaluator(make_env, workers) for workers in worker_counts}
+    times: dict[int, list[float]] = {workers: [] for workers in worker_counts}
+    results = []
+    try:
+        for _ in range(1 + repeats):
+            for workers, evaluator in evaluators.items():
+                began = time.perf_counter()
+                results.append(evaluator.evaluate(policy, 1, [0], episodes))
+                times[workers].append(time.perf_counter() - began)
+    finally:
+        for evaluator in evaluators.values():
+            evaluator.close()
+    # A policy on more observations at once may round differently, and a simulator carries that on.
+    if not all(math.isclose(r[0]['episode.return'], results[0][0]['episode.return'], rel_tol=1e-3) for r in results):
+        raise RuntimeError(f'the evaluations differ: {results}')
+    return {workers: (first, turns) for workers, (first, *turns) in times.items()}
+
+
+def main(_):
+    if not all(value.isdecimal() and int(value) > 1 for value in FLAGS.workers):
+        raise UserError(f'--workers={",".join(FLAGS.workers)}: expected numbers from 2 up')
+    counts = [1, *sorted({int(value) for value in FLAGS.workers})]
+    policy = make_policy(FLAGS.env_name, FLAGS.preset)
+    make_env = functools.partial(envs.make_env, FLAGS.env_name, 0)
+    measured = compare(make_env, policy, counts, FLAGS.episodes, FLAGS.repeats)
+    alone = measured[1][1]
+    print(f'{FLAGS.env_name}, {FLAGS.episodes} episodes, {len(os.sched_getaffinity(0))} cores\n')
+    print('| workers | s, first | s | of the time without |\n|---|---|---|---|')
+    shares = {}
+    for workers, (first, turns) in measured.items():
+        shares[workers] = statistics.median(a / b for a, b in zip(turns, alone, strict=True))
+        print(f'| {workers} | {first:.1f} | {statistics.median(turns):.1f} | {shares[workers]:.2f} |')
+    report = {
+        'env_name': FLAGS.env_name,
+        'episodes': FLAGS.episodes,
+        'seconds': {str(workers): turns for workers, (_, turns) in measured.items()},
+        'share': {str(workers): share for workers, share in shares.items()},
+    }
+    print(json.dumps(report))
+
+
+if __name__ == '__main__':
+    flags.DEFINE_string('env_name', 'cube-single-play-singletask-task1-v0', 'Task to evaluate on.')
+    flags.DEFINE_string('preset', 'paper', 'Preset that gives the size of the policy.')
+    flags.DEFINE_integer('episodes', 50, 'Episodes of each evaluation.', lower_bound=1)
+    flags.DEFINE_integer('repeats', 3, 'Turns of each number of workers.', lower_bound=1)
+    flags.DEFINE_list('workers', ['2', '4'], 'Numbers of worker processes, beside none.')
+    cli.run(main)
