@@ -37,16 +37,16 @@ def image_dataset(labelled):
     return tiny.make_dataset(raw, frame_stack=FRAME_STACK, p_aug=0.5)
 
 
-def create(name, dataset):
+def create(name, dataset, make=training.create_agents):
     config = tiny_agents.make_config(name, images=True)
-    return training.create_agents(agents.load(name).AGENT, SEEDS, datasets.example_batch(dataset), config)
+    return make(agents.load(name).AGENT, SEEDS, datasets.example_batch(dataset), config)
 
 
 @pytest.mark.parametrize('name', sorted(set(agents.available()) - {'mbpo_rebrac'}))
 def test_every_agent_takes_the_batches_of_an_image_data_set(name):
     """Traced, not computed: the values of an update on images are `test_agents.py`'s."""
     unlabelled, labelled = image_dataset(labelled=False), image_dataset(labelled=True)
-    fresh = jax.eval_shape(lambda: create(name, unlabelled))
+    fresh = create(name, unlabelled, training.describe_agents)
     keys = training.stream_keys(SEEDS, 'pretraining')
     batch = jax.eval_shape(lambda: datasets.sample(labelled, jax.random.key(0), 4, fresh.needs))
     images = [value for value in batch.values() if value.ndim == 4]
@@ -114,7 +114,7 @@ def test_a_saved_policy_takes_stacked_frames(tmp_path, monkeypatch):
     monkeypatch.setattr(saved_policy.checkpoints, 'restore', lambda path, template: template)
     monkeypatch.setattr(
         saved_policy.training,
-        'create_agents',
+        'describe_agents',
         lambda agent, seeds, example, config: seen.update(example) or np.zeros(1),
     )
     saved_policy.load_policy(tmp_path, envs.task_spec(VISUAL))

@@ -1,7 +1,6 @@
 """A trained policy, or the whole agents, from a run on disk, without its data: for videos, demonstrations and one's own
 evaluations."""
 
-import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
@@ -35,7 +34,7 @@ def load_agents(path, task):
         'observation_max': observation[0],
     }
     seeds = list(range(meta['seed'], meta['seed'] + meta['num_seeds']))
-    template = jax.eval_shape(lambda: training.create_agents(module.AGENT, seeds, example, config))
+    template = training.describe_agents(module.AGENT, seeds, example, config)
     return checkpoints.restore(path, template), Normalizer.from_dict(meta['normalizer']), meta
 
 

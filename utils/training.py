@@ -28,8 +28,18 @@ def create_agents(agent_class, seeds, example_batch, config):
     """Fresh agents, vmapped over `seeds`: every array gains a leading axis (S, …)."""
     # It runs once: optimising it takes a CPU seconds, and running it as it is a fraction of one.
     options = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
-    create = jax.jit(jax.vmap(lambda key: agent_class.create(key, example_batch, config)), compiler_options=options)
+    create = jax.jit(_creation(agent_class, example_batch, config), compiler_options=options)
     return create(stream_keys(seeds, 'create'))
+
+
+def describe_agents(agent_class, seeds, example_batch, config):
+    """What `create_agents` would return, with shapes and types in place of arrays."""
+    return jax.eval_shape(_creation(agent_class, example_batch, config), stream_keys(seeds, 'create'))
+
+
+def _creation(agent_class, example_batch, config):
+    """The function of keys (S,) that creates agents."""
+    return jax.vmap(lambda key: agent_class.create(key, example_batch, config))
 
 
 def num_seeds(agents) -> int:
