@@ -216,13 +216,13 @@ class Experiment:
         logging.info('%s: compiled a chunk of %d updates in %.1f s', phase, n, seconds)
         validation = devices.place(self._data[2], self.mesh)
         validation_keys = devices.place(training.stream_keys(self.seeds, 'validation'), self.mesh, 'seed')
-        validate = training.compile_validation(self.agents, validation, ranges, validation_keys, phase=phase)
+        validate = None
         bar = tqdm(
             total=total, initial=self.phase_step, desc=phase, unit='update', dynamic_ncols=True, smoothing=0.1,
             disable=not processes.is_first(),
         )  # fmt: skip
         in_flight = None  # (end step, device metrics, validation metrics or None) of the chunk that is running.
-        self._interval_began, self._paused = time.perf_counter(), 0.0
+        self._interval_began, self._paused, self._untimed = time.perf_counter(), 0.0, len(self._partial)
         profile = Profile(self.directory / 'profile' / phase, config.profile if processes.is_first() else 0)
         with bar, contextlib.closing(source), contextlib.closing(profile):
             while self.phase_step < total:
@@ -230,6 +230,13 @@ class Experiment:
                 drawn_from = source.chunk(self.phase_step)
                 self.agents, metrics = chunk(self.agents, drawn_from, keys, np.int32(self.phase_step))
                 self.phase_step += n
+                if validate is None:  # Compiled while the device is busy with the first chunk.
+                    validate = training.compile_validation(
+                        self.agents, validation, ranges, validation_keys, phase=phase
+                    )
+                    if config.log_interval > n:  # The speed is that of the chunks from the second on.
+                        jax.block_until_ready(metrics)
+                        self._interval_began, self._untimed = time.perf_counter(), self._untimed + 1
                 if in_flight is not None:
                     self._collect(*in_flight, bar)
                 logs, saves = self.phase_step % config.log_interval == 0, self.phase_step % config.save_interval == 0
@@ -276,10 +283,9 @@ class Experiment:
             return
         validated = jax.device_get(validated)
         now = time.perf_counter()
-        updates_per_second = (
-            len(self._partial) * self._chunk_size / max(now - self._interval_began - self._paused, 1e-9)
-        )
-        self._interval_began, self._paused = now, 0.0
+        timed = max(len(self._partial) - self._untimed, 1)
+        updates_per_second = timed * self._chunk_size / max(now - self._interval_began - self._paused, 1e-9)
+        self._interval_began, self._paused, self._untimed = now, 0.0, 0
         lines = interval_lines(self._partial, validated, updates_per_second, len(self.seeds))
         self.lines.write(self.offset + end_step, self.phase, lines, self._wall_seconds)
         self._partial = []
