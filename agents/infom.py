@@ -74,7 +74,7 @@ class InFOMAgent(flax.struct.PyTreeNode):
         return self.networks.vector_field.apply({'params': params['vector_field']}, x, times, condition)
 
     def sample_futures(self, params, noise, condition):
-        """Future states (…, S): Euler steps along the field in `params` from noise (…, S), clipped if configured."""
+        """Future states (…, S): Euler steps of the field in `params` from noise (…, S), each clipped if configured."""
         return euler_integrate(
             lambda x, t: self.velocity(params, x, t, condition), noise, self.config.num_flow_steps, self.flow_bounds
         )
@@ -192,7 +192,7 @@ class InFOMAgent(flax.struct.PyTreeNode):
         return rewards.mean(axis=1) / (1 - self.config.discount)
 
     def critic_loss(self, params, batch, key):
-        """L_Q = E_{e,i} ρ_μ(y − Q_e(s, a)): the expectile over random z is implicit policy improvement (GPI)."""
+        """L_Q = E_{e,i} ρ_μ(y − Q_e(s, a)): over random z, implicit generalised policy improvement."""
         targets = self.q_targets(params, batch, key)
         qs = self.networks.critic.apply({'params': params['critic']}, batch['observations'], batch['actions'])  # (2, B)
         # The ablations' policy improvement is explicit or none: their Q is the mean.

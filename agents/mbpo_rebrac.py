@@ -72,14 +72,10 @@ class MBPOReBRACAgent(flax.struct.PyTreeNode):
         # The reward belongs to the state before the step or to the one after it, whatever the data say.
         rewarded_after = jnp.all(batch['reward_observations'] == batch['next_observations'])
 
-        def act(states, key):
-            modes, _, _ = rebrac.policy(self, self.params, states)
-            return rebrac.smoothed_actions(self, modes, key)
-
         def step(carry, key):
             states, actions = carry
             next_states = states + self.state_change(self.params, states, actions)
-            next_actions = act(next_states, key)
+            next_actions = rebrac.smoothed_actions(self, self.params, next_states, key)
             rewarded = jnp.where(rewarded_after, next_states, states)
             rewards = self.networks.reward.apply({'params': self.params['reward']}, rewarded)
             masks = jnp.ones_like(rewards)
@@ -89,7 +85,7 @@ class MBPOReBRACAgent(flax.struct.PyTreeNode):
             return (next_states, next_actions), dict(zip(TRANSITION, row, strict=True))
 
         first_key, *keys = jax.random.split(key, 1 + self.config.num_model_rollout_steps)
-        actions = act(states, first_key)
+        actions = rebrac.smoothed_actions(self, self.params, states, first_key)
         _, rows = lax.scan(step, (states, actions), jnp.stack(keys))
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows)
 

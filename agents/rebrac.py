@@ -39,10 +39,11 @@ def sample_actions(agent, params, observations, key, temperature=1.0):
     return jnp.tanh(actions) if agent.config.tanh_squash else jnp.clip(actions, -1, 1)
 
 
-def smoothed_actions(agent, modes, key):
-    """clip₁(μ + clip(σ·ε, ±c)), (B, A): the policy with the noise of TD3's target policy smoothing (arXiv 1802.09477,
+def smoothed_actions(agent, params, observations, key):
+    """clip₁(μ(s) + clip(σ·ε, ±c)), (B, A): the mode with the noise of TD3's target policy smoothing (arXiv 1802.09477,
     §5.3)."""
     config = agent.config
+    modes, _, _ = policy(agent, params, observations)
     noise = config.actor_noise * jax.random.normal(key, modes.shape)
     return jnp.clip(modes + jnp.clip(noise, -config.actor_noise_clip, config.actor_noise_clip), -1, 1)
 
@@ -59,8 +60,7 @@ def critic_loss(agent, params, batch, key):
     """L_Q = E_{i,k}(Q_k(s, a) − y)² with y = r + γ·m·(min_k Q̄_k(s', ã') − α_critic·‖ã' − a'‖²) (arXiv 2305.09836, §3)
     and ã' the target actor's smoothed action."""
     config = agent.config
-    next_modes, _, _ = policy(agent, agent.target_params, batch['next_observations'])
-    next_actions = smoothed_actions(agent, next_modes, key)
+    next_actions = smoothed_actions(agent, agent.target_params, batch['next_observations'], key)
     next_qs = agent.networks.critic.apply(
         {'params': agent.target_params['critic']}, batch['next_observations'], next_actions
     )  # (2, B)

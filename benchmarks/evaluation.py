@@ -27,26 +27,15 @@ FLAGS = flags.FLAGS
 
 def make_policy(env_name: str, preset: str):
     """Actions (1, W, A) of an untrained actor for observations (W, …) of the task."""
-    import jax.numpy as jnp
-    import numpy as np
-
     from agents import infom
     from utils import training
     from utils.normalizers import Normalizer
+    from utils.saved_policy import blank_example
 
-    spec = envs.task_spec(env_name)
     config = infom.get_config()
     config.update(presets.resolve('infom', env_name, preset).agent)
-    size = spec.observation_shape
-    example = {
-        'observations': jnp.zeros((1, *size), jnp.uint8 if spec.visual else jnp.float32),
-        'actions': jnp.zeros((1, spec.action_size)),
-        'observation_min': -jnp.ones(size),
-        'observation_max': jnp.ones(size),
-    }
-    agents = training.create_agents(infom.AGENT, [0], example, config)
-    normalizer = Normalizer.fit(np.zeros((2, *size), np.uint8 if spec.visual else np.float32), 'none')
-    return training.make_policy(agents, normalizer, [0])
+    agents = training.create_agents(infom.AGENT, [0], blank_example(envs.task_spec(env_name)), config)
+    return training.make_policy(agents, Normalizer('none'), [0])
 
 
 def compare(make_env, policy, worker_counts, episodes: int, repeats: int):

@@ -6,7 +6,7 @@
 Collects, with `envs.collect_exorl`, what is not there yet into `<exorl_dir>/seed_<n>`: an interrupted run goes on where
 it stopped. Coverage is the share of cells that were visited of a fixed grid of three coordinates (`envs/coverage.py`):
 it compares policies and amounts of data within a domain, not domains. Writes `coverage.csv` (a line for each episode),
-`coverage.png` and `README.md` (the command, the machine and the table, which it also prints).
+`coverage.png` and `README.md` (the table, which it also prints, and the command).
 """
 
 import os
@@ -16,7 +16,7 @@ import numpy as np
 from absl import flags
 
 from envs import EXORL_TASKS, collect_exorl, coverage, exorl_episodes
-from utils import cli, plots, runs
+from utils import cli, plots, runs, statistics
 from utils.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -31,8 +31,7 @@ def coverage_curve(buffer: Path, domain: str, num_transitions: int) -> tuple[np.
     cells: set[int] = set()
     visited = []
     for path in paths[: max(1, num_transitions // steps)]:
-        episode = exorl_episodes.read_episode(path, domain, ('observation', 'physics'))
-        cells.update(coverage.visited_cells(domain, episode['observation'], episode['physics']).tolist())
+        cells.update(collect_exorl.visited_cells(path, domain).tolist())
         visited.append(len(cells) / coverage.grid_size(domain))
     return steps * np.arange(1, len(visited) + 1), np.array(visited)
 
@@ -62,8 +61,8 @@ def table(curves: dict) -> str:
         cells = []
         for policy in policies:
             ends = [100 * values[-1] for _, values in of_domain[policy]]
-            spread = f' ± {np.std(ends, ddof=1):.2f}' if len(ends) > 1 else ''
-            cells.append(f'{np.mean(ends):.2f}{spread}')
+            spread = statistics.standard_deviation(ends)
+            cells.append(f'{np.mean(ends):.2f}' + (f' ± {spread:.2f}' if spread is not None else ''))
         coordinates = ', '.join(name for name, *_ in coverage.GRIDS[domain])
         lines.append(f'| {domain} ({coordinates}; {coverage.grid_size(domain):,} cells) | {" | ".join(cells)} |')
     return '\n'.join(lines)

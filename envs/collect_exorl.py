@@ -158,10 +158,7 @@ class Progress:
     def found_episodes(self, paths) -> None:
         """Counts episodes that an earlier command made, without hurry: one is in memory at a time."""
         for path in paths:
-            episode = exorl_episodes.read_episode(path, self._domain, ('observation', 'physics'))
-            self._cells.update(
-                coverage.visited_cells(self._domain, episode['observation'], episode['physics']).tolist()
-            )
+            self._cells.update(visited_cells(path, self._domain).tolist())
             self.found += self._length
             self._bar.update(self._length)
         self._bar.initial = self._bar.n  # The rate is that of this command.
@@ -187,6 +184,12 @@ class Progress:
         earlier = f'{self.found} were already there; ' if self.found else ''
         cells = f'{len(self._cells)} of {coverage.grid_size(self._domain)} cells visited ({self.coverage:.2%})'
         return rate + earlier + cells
+
+
+def visited_cells(path: Path, domain: str) -> np.ndarray:
+    """The cells of the coverage grid that an episode's file visits. Raises UserError where it cannot be read."""
+    episode = exorl_episodes.read_episode(path, domain, ('observation', 'physics'))
+    return coverage.visited_cells(domain, episode['observation'], episode['physics'])
 
 
 def make_explorer(domain: str, policy: str, episode_length: int, buffer: str):

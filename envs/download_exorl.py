@@ -22,6 +22,8 @@ from utils.errors import UserError
 
 BASE_URL = 'https://dl.fbaipublicfiles.com/exorl'
 MADE_BY = 'python -m envs.download_exorl'
+# What a damaged archive raises: unlike UNREADABLE_NPZ no OSError, which here may be a full disk, but the RuntimeError
+# of an encrypted member.
 UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError)
 
 FLAGS = flags.FLAGS

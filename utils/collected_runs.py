@@ -144,8 +144,8 @@ def domain_of(task: str) -> str:
     """The domain that a task is reported under: the four image tasks are one, as in the paper; own data, one each."""
     if suite_of(task) == custom.SUITE:
         return task
-    task = envs.task_spec(task)
-    return 'visual' if task.visual else task.domain
+    spec = envs.task_spec(task)
+    return 'visual' if spec.visual else spec.domain
 
 
 def method_title(agent: str, settings: dict[str, Any]) -> str:

@@ -24,18 +24,22 @@ def load_agents(path, task):
         {name: tuple(value) if isinstance(value, list) else value for name, value in meta['agent_config'].items()}
     )
     # Shapes are all that the template needs: its values, the observed range included, are replaced.
+    example = blank_example(task, meta.get('frame_stack', 1))
+    seeds = list(range(meta['seed'], meta['seed'] + meta['num_seeds']))
+    template = training.describe_agents(module.AGENT, seeds, example, config)
+    return checkpoints.restore(path, template), Normalizer.from_dict(meta['normalizer']), meta
+
+
+def blank_example(task, frame_stack=1):
+    """Zeros in the shapes of `datasets.example_batch` for a task (`envs.TaskSpec`), for when there are no data."""
     *shape, last = task.observation_shape
-    shape = (1, *shape, last * meta.get('frame_stack', 1))
-    observation = jnp.zeros(shape, jnp.uint8 if task.visual else jnp.float32)
-    example = {
+    observation = jnp.zeros((1, *shape, last * frame_stack), jnp.uint8 if task.visual else jnp.float32)
+    return {
         'observations': observation,
         'actions': jnp.zeros((1, task.action_size)),
         'observation_min': observation[0],
         'observation_max': observation[0],
     }
-    seeds = list(range(meta['seed'], meta['seed'] + meta['num_seeds']))
-    template = training.describe_agents(module.AGENT, seeds, example, config)
-    return checkpoints.restore(path, template), Normalizer.from_dict(meta['normalizer']), meta
 
 
 def load_policy(path, task):
