@@ -101,8 +101,13 @@ def main(_):
     )
     runs.write_csv(output / 'coverage.csv', COLUMNS, rows)
     draw(curves, output / 'coverage.png')
-    chosen = [f'--{name}={",".join(map(str, values))}' for name, values in (('domains', domains), ('seeds', seeds))]
-    command = ['python', '-m', 'benchmarks.exploration', *chosen, f'--num_transitions={FLAGS.num_transitions}']
+    settings = {
+        'domains': ','.join(domains),
+        'seeds': ','.join(map(str, seeds)),
+        'num_transitions': FLAGS.num_transitions,
+        'num_envs': FLAGS.num_envs,
+    }
+    command = ['python', '-m', 'benchmarks.exploration', *(f'--{name}={value}' for name, value in settings.items())]
     with runs.atomic_path(output / 'README.md') as temporary:
         temporary.write_text(
             f'# Exploration\n\nShare of a fixed grid that {FLAGS.num_transitions:,} transitions visit, ± the standard '
