@@ -19,7 +19,6 @@ from absl import flags
 
 import envs
 from utils import cli, presets
-from utils.errors import UserError
 from utils.evaluation import Evaluator
 
 FLAGS = flags.FLAGS
@@ -60,9 +59,7 @@ def compare(make_env, policy, worker_counts, episodes: int, repeats: int):
 
 
 def main(_):
-    if not all(value.isdecimal() and int(value) > 1 for value in FLAGS.workers):
-        raise UserError(f'--workers={",".join(FLAGS.workers)}: expected numbers from 2 up')
-    counts = [1, *sorted({int(value) for value in FLAGS.workers})]
+    counts = [1, *FLAGS.workers]
     policy = make_policy(FLAGS.env_name, FLAGS.preset)
     make_env = functools.partial(envs.make_env, FLAGS.env_name, 0)
     measured = compare(make_env, policy, counts, FLAGS.episodes, FLAGS.repeats)
@@ -87,5 +84,5 @@ if __name__ == '__main__':
     flags.DEFINE_string('preset', 'paper', 'Preset that gives the size of the policy.')
     flags.DEFINE_integer('episodes', 50, 'Episodes of each evaluation.', lower_bound=1)
     flags.DEFINE_integer('repeats', 3, 'Turns of each number of workers.', lower_bound=1)
-    flags.DEFINE_list('workers', ['2', '4'], 'Numbers of worker processes, beside none.')
+    cli.define_numbers('workers', [2, 4], 'Numbers of worker processes, beside none.', minimum=2)
     cli.run(main)

@@ -68,15 +68,8 @@ def table(curves: dict) -> str:
     return '\n'.join(lines)
 
 
-def numbers(values: list[str]) -> list[int]:
-    """The seeds of the flag. Raises UserError where one is none."""
-    if not values or not all(value.isdecimal() for value in values):
-        raise UserError(f'--seeds={",".join(values)}: expected non-negative integers')
-    return sorted({int(value) for value in values})
-
-
 def main(_):
-    domains, seeds = FLAGS.domains, numbers(FLAGS.seeds)
+    domains, seeds = FLAGS.domains, FLAGS.seeds
     if not domains:
         raise UserError(f'--domains is empty: expected some of {", ".join(EXORL_TASKS)}')
     for domain in domains:
@@ -120,7 +113,7 @@ def main(_):
 if __name__ == '__main__':
     flags.DEFINE_list('domains', list(EXORL_TASKS), 'Domains to explore.')
     flags.DEFINE_integer('num_transitions', 50_000, 'Transitions of each policy and seed.', lower_bound=1)
-    flags.DEFINE_list('seeds', ['0', '1', '2'], 'Seeds; each has a folder of its own.')
+    cli.define_numbers('seeds', [0, 1, 2], 'Seeds; each has a folder of its own.')
     flags.DEFINE_integer('workers', len(os.sched_getaffinity(0)), 'Processes that simulate.', lower_bound=1)
     flags.DEFINE_integer('num_envs', 8, 'Episodes of rnd side by side.', lower_bound=1)
     flags.DEFINE_string('exorl_dir', 'exp/exploration', 'Where the episodes go.')

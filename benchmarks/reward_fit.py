@@ -91,23 +91,11 @@ def cross_validate(dataset: Dataset, config, milestones, num_folds: int, seed: i
         yield float(np.mean(loss)), float(np.corrcoef(prediction, truth)[0, 1]), float(explained)
 
 
-def numbers(flag: str, minimum: float) -> list[float]:
-    """The values of a list flag in rising order; raises UserError where one is no number or below `minimum`."""
-    try:
-        values = sorted({float(value) for value in FLAGS[flag].value})
-    except ValueError:
-        values = []
-    if not values or not minimum <= values[0] <= values[-1] < float('inf'):
-        raise UserError(f'--{flag}={",".join(FLAGS[flag].value)}: expected numbers from {minimum} up')
-    return values
-
-
 def main(_):
     spec = envs.task_spec(FLAGS.env_name)
     if spec.visual:
         raise UserError(f'{spec.name} has images, whose reward is fitted to features that learn with the rest')
-    milestones = [int(step) for step in numbers('steps', minimum=100)]
-    decays = numbers('weight_decays', minimum=0)
+    milestones, decays = FLAGS.steps, FLAGS.weight_decays
     raw = load_raw(spec.name, 'finetuning', 'train', Path(FLAGS.dataset_dir).expanduser(), FLAGS.finetuning_size)
     if np.ptp(raw['rewards']) == 0:
         raise UserError(f'every reward of {spec.name} there is {raw["rewards"][0]:g}: nothing to learn')
@@ -136,10 +124,10 @@ if __name__ == '__main__':
     flags.DEFINE_string('dataset_dir', '~/.ogbench/data', 'Folder of the data files.')
     flags.DEFINE_string('preset', 'small', 'Preset that gives the sizes of the network and the learning rate.')
     flags.DEFINE_integer('finetuning_size', 50_000, 'Transitions used, at most.', lower_bound=1)
-    flags.DEFINE_list('weight_decays', ['0', '1'], 'Values of reward_weight_decay to compare.')
+    cli.define_numbers('weight_decays', [0, 1], 'Values of reward_weight_decay to compare.', kind=float)
     flags.DEFINE_list('layer_norms', ['true'], 'Values of reward_layer_norm to compare: true, false.')
     flags.register_validator('layer_norms', lambda values: {*values} <= {'true', 'false'}, 'expected true or false')
-    flags.DEFINE_list('steps', ['1000', '2000', '4000', '8000'], 'Numbers of updates after which to score.')
+    cli.define_numbers('steps', [1_000, 2_000, 4_000, 8_000], 'Numbers of updates after which to score.', minimum=100)
     flags.DEFINE_integer('folds', 5, 'Parts of the episodes, each held out once.', lower_bound=2)
     flags.DEFINE_integer('seed', 0, 'Seed of networks and batches.')
     cli.run(main)

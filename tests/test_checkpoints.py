@@ -1,7 +1,6 @@
-"""Checkpoints: exact round trips, which are kept, kills in the midst of saving, damage of every kind, and misfits."""
+"""Checkpoints: exact round trips, which are kept, kills in the midst of saving, and errors while writing."""
 
 import errno
-import json
 import os
 import resource
 import shutil
@@ -13,32 +12,18 @@ import threading
 import time
 from pathlib import Path
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import orbax.checkpoint as ocp
 import pytest
 
+from tests.tiny_checkpoints import META, make_state, names, save_one
 from utils import checkpoints
 from utils.checkpoints import CheckpointWriter, latest_step, load_meta, resolve, restore
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-META = {'phase': 'pretraining', 'env_name': 'some-task', 'normalizer': {'mean': [0.1, -2.5]}, 'metrics_lines': 7}
-
-
-class State(flax.struct.PyTreeNode):
-    params: dict
-    optimizer: tuple
-    step: jax.Array
-    name: str = flax.struct.field(pytree_node=False)
-
-
-def make_state(scale=1.0):
-    params = {'actor': {'kernel': scale * jnp.arange(1200.0).reshape(30, 40), 'bias': jnp.full(40, scale)}}
-    return State(params=params, optimizer=(optax.adam(1e-3).init(params), ()), step=jnp.int32(17), name='state')
 
 
 def assert_same_bits(left, right):
@@ -47,16 +32,6 @@ def assert_same_bits(left, right):
         assert type(a) is type(b)
         a, b = np.asarray(a), np.asarray(b)
         assert (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes())
-
-
-def save_one(directory, state, step=40, meta=META, keep=False):
-    with CheckpointWriter(directory) as writer:
-        writer.save(step, state, meta, keep)
-    return directory / str(step)
-
-
-def names(directory):
-    return sorted(path.name for path in directory.iterdir())
 
 
 @pytest.fixture(scope='module')
@@ -276,134 +251,6 @@ def test_the_latest_checkpoint_loads_whenever_a_process_is_killed(tmp_path):
     with CheckpointWriter(tmp_path) as writer:
         writer.save(reached + 1, template, META)
     assert names(tmp_path) == sorted({str(s) for s in range(50, reached + 1, 50)} | {str(reached + 1)})
-
-
-# --- Damage ---
-
-
-def values_file(checkpoint):
-    """The file that holds most of the values."""
-    return max((checkpoint / 'state').rglob('d/*'), key=lambda path: path.stat().st_size)
-
-
-def truncate(checkpoint):
-    os.truncate(values_file(checkpoint), values_file(checkpoint).stat().st_size // 2)
-
-
-def flip_a_bit_of_a_value(checkpoint):
-    """The smallest damage there is, where the storage format itself has no checksum."""
-    kernel = np.arange(1200, dtype=np.float32).tobytes()
-    # Which of its files gets which array is the storage's business, and differs from save to save.
-    (file,) = (file for file in (checkpoint / 'state').rglob('d/*') if kernel in file.read_bytes())
-    content = bytearray(file.read_bytes())
-    content[content.index(kernel) + 4] ^= 1
-    file.write_bytes(content)
-
-
-def remove_values(checkpoint):
-    values_file(checkpoint).unlink()
-
-
-def garble_manifest(checkpoint):
-    file = checkpoint / 'state' / 'manifest.ocdbt'
-    file.write_bytes(bytes(file.stat().st_size))
-
-
-def remove_state(checkpoint):
-    shutil.rmtree(checkpoint / 'state')
-
-
-def remove_index(checkpoint):
-    (checkpoint / 'index.json').unlink()
-
-
-def empty_index(checkpoint):
-    (checkpoint / 'index.json').write_text('{}')
-
-
-def remove_meta(checkpoint):
-    (checkpoint / 'meta.json').unlink()
-
-
-def cut_meta(checkpoint):
-    os.truncate(checkpoint / 'meta.json', 20)
-
-
-def empty_meta(checkpoint):
-    os.truncate(checkpoint / 'meta.json', 0)
-
-
-def listed_meta(checkpoint):
-    (checkpoint / 'meta.json').write_text('[]')
-
-
-def unversioned_meta(checkpoint):
-    (checkpoint / 'meta.json').write_text('{}')
-
-
-@pytest.mark.parametrize(
-    'damage',
-    [
-        truncate,
-        flip_a_bit_of_a_value,
-        remove_values,
-        garble_manifest,
-        remove_state,
-        remove_index,
-        empty_index,
-        remove_meta,
-        cut_meta,
-        empty_meta,
-        listed_meta,
-        unversioned_meta,
-    ],
-)
-def test_a_damaged_checkpoint_is_named(copy, damage):
-    damage(copy)
-    assert latest_step(copy.parent) == 40  # not passed over in silence
-    with pytest.raises(UserError, match=f'{copy} is damaged') as caught:
-        restore(copy, make_state())
-    assert '\n' not in str(caught.value)
-
-
-def test_a_newer_format_is_refused(copy):
-    file = copy / 'meta.json'
-    file.write_text(json.dumps(json.loads(file.read_text()) | {'format_version': 2}))
-    for read in (load_meta, lambda path: restore(path, make_state())):
-        with pytest.raises(UserError, match=f'{copy} has format version 2.*reads up to 1.*Update'):
-            read(copy)
-
-
-def test_a_damaged_older_checkpoint_is_not_deleted(copy):
-    cut_meta(copy)
-    with CheckpointWriter(copy.parent) as writer:
-        writer.save(50, make_state(), META)
-    assert names(copy.parent) == ['40', '50']
-
-
-# --- Misfits ---
-
-
-def with_kernel(kernel):
-    state = make_state()
-    return state.replace(params={'actor': {**state.params['actor'], 'kernel': kernel}})
-
-
-@pytest.mark.parametrize(
-    ('template', 'message'),
-    [
-        (with_kernel(jnp.zeros((30, 5))), r'params\.actor\.kernel is float32\[30, 40\] .*float32\[30, 5\] is expected'),
-        (
-            with_kernel(jnp.zeros((30, 40), jnp.bfloat16)),
-            r'params\.actor\.kernel is float32\[30, 40\] .*bfloat16\[30, 40\]',
-        ),
-        (with_kernel({'a': jnp.zeros(1)}), r'it has no params\.actor\.kernel\.a'),
-        (make_state().replace(params={}), r'params\.actor\.bias is not in use'),
-    ],
-)
-def test_a_misfit_names_the_leaf_and_both_shapes(saved, template, message):
-    with pytest.raises(UserError, match=f'{saved} does not fit.*{message}'):
-        restore(saved, template)
 
 
 # --- Errors while writing ---

@@ -27,6 +27,32 @@ FLAG_ERRORS = (flags.Error, ValueError, OSError)
 flags.disclaim_key_flags()  # A flag defined through this module belongs to the command that asked for it.
 
 
+class _NumbersParser(flags.ArgumentParser):
+    """Numbers separated by commas, as a rising list that holds each once; ValueError where that cannot be read."""
+
+    def __init__(self, kind: type, minimum: float):
+        self._kind, self._minimum = kind, minimum
+        self.syntactic_help = f'numbers from {minimum} up, separated by commas'
+
+    def parse(self, argument) -> list:
+        parts = argument.split(',') if isinstance(argument, str) else argument
+        try:
+            values = sorted({self._kind(part) for part in parts})
+        except ValueError:
+            values = []
+        if not values or not self._minimum <= values[0] <= values[-1] < float('inf'):
+            raise ValueError(f'expected {self.syntactic_help}')
+        return values
+
+    def flag_type(self) -> str:
+        return f'{self._kind.__name__} list'
+
+
+def define_numbers(name: str, default: list, help_text: str, minimum: float = 0, kind: type = int) -> None:
+    """Defines a flag that is a list of numbers of `kind` (int or float), none below `minimum`, as in --seeds=0,1,2."""
+    flags.DEFINE(_NumbersParser(kind, minimum), name, default, help_text, serializer=flags.CsvListSerializer(','))
+
+
 def run(main, positional: tuple[str, ...] = ()) -> None:
     """Runs `main(argv)` under absl and exits; `argv` holds the program's name and one argument for each name of
     `positional`.

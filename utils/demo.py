@@ -149,7 +149,7 @@ def write_scores(path, scores, seeds):
 def main(_):
     began = time.monotonic()
     directory = Path(FLAGS.directory)
-    seeds = [int(seed) for seed in FLAGS.seeds]
+    seeds = FLAGS.seeds
     collect(directory / 'data')
     run_directories = [train(directory, seed) for seed in seeds]
     lines = [evaluations(run_directory) for run_directory in run_directories]
@@ -179,7 +179,7 @@ def main(_):
 
 
 if __name__ == '__main__':
-    flags.DEFINE_list('seeds', ['0'], 'Seeds to train, one after the other.')
+    cli.define_numbers('seeds', [0], 'Seeds to train, one after the other.')
     flags.DEFINE_string('directory', 'exp/demo', 'Where data and runs go; what is there is reused.')
     flags.DEFINE_string('output', None, 'Where the table, figure and video go (default: the directory itself).')
     cli.run(main)
