@@ -11,6 +11,19 @@ from utils.errors import UserError
 from utils.networks import gaussian_log_prob
 
 
+def require_choice(config, name: str, choices) -> None:
+    """Raises UserError where a setting is none of `choices`."""
+    if config[name] not in choices:
+        raise UserError(f'agent.{name}={config[name]!r}: expected one of {", ".join(choices)}')
+
+
+def require_at_least(minimum, config, *names: str) -> None:
+    """Raises UserError where one of the settings is below `minimum`, or no number."""
+    for name in names:
+        if not config[name] >= minimum:
+            raise UserError(f'agent.{name}={config[name]}: expected at least {minimum}')
+
+
 def expectile_loss(differences, expectile: float):
     """ρ_κ(u) = |κ − 1{u < 0}|·u², elementwise (IQL, arXiv 2110.06169, eq. 4)."""
     weights = jnp.where(differences < 0, 1.0 - expectile, expectile)
@@ -111,8 +124,8 @@ def weight_decay(config, module: str) -> float:
 def init_adam(params, config):
     """One Adam state per module. Raises UserError for a weight decay below 0."""
     for name in params:
-        if weight_decay(config, name) < 0:
-            raise UserError(f'agent.{name}_weight_decay={weight_decay(config, name)}: expected 0 or more')
+        if f'{name}_weight_decay' in config:
+            require_at_least(0, config, f'{name}_weight_decay')
     return {name: optax.adam(learning_rate(config, name)).init(module) for name, module in params.items()}
 
 

@@ -22,7 +22,6 @@ from jax import lax
 
 from agents import common
 from utils.encoders import make_encoder
-from utils.errors import UserError
 from utils.goals import Goals
 from utils.networks import ContrastiveCritic, GaussianActor, ScalarHead
 
@@ -200,13 +199,9 @@ AGENT = CRLInfoNCEAgent  # What `agents.load` hands to the training loop.
 
 def validate_config(config):
     """Raises UserError for values that no CRL run can have."""
-    choices = {'contrastive_loss': ('forward_infonce', 'symmetric_infonce'), 'actor_goals': ('trajectory', 'marginal')}
-    for name, allowed in choices.items():
-        if config[name] not in allowed:
-            raise UserError(f'agent.{name}={config[name]!r}: expected one of {", ".join(allowed)}')
-    for name in ('goal_offset', 'logsumexp_penalty_coeff'):
-        if config[name] < 0:
-            raise UserError(f'agent.{name}={config[name]}: expected 0 or more')
+    common.require_choice(config, 'contrastive_loss', ('forward_infonce', 'symmetric_infonce'))
+    common.require_choice(config, 'actor_goals', ('trajectory', 'marginal'))
+    common.require_at_least(0, config, 'goal_offset', 'logsumexp_penalty_coeff')
 
 
 def get_config():

@@ -204,9 +204,7 @@ def validate_config(config):
     for name in ('repr_temp', 'target_repr_temp'):
         if config[name] <= 0:
             raise UserError(f'agent.{name}={config[name]}: expected a positive number')
-    for name in ('repr_noise', 'repr_noise_clip'):
-        if config[name] < 0:
-            raise UserError(f'agent.{name}={config[name]}: expected 0 or more')
+    common.require_at_least(0, config, 'repr_noise', 'repr_noise_clip')
     if not 0 < config.center_rate <= 1:
         raise UserError(f'agent.center_rate={config.center_rate}: expected a number above 0, at most 1')
 

@@ -253,16 +253,11 @@ AGENT = FBIQLAgent  # What `agents.load` hands to the training loop.
 
 def validate_config(config):
     """Raises UserError for values that no FB run can have."""
-    if config.repr_agg not in ('mean', 'min'):
-        raise UserError(f'agent.repr_agg={config.repr_agg!r}: expected one of mean, min')
+    common.require_choice(config, 'repr_agg', ('mean', 'min'))
     if not 0 <= config.latent_mix_prob <= 1:
         raise UserError(f'agent.latent_mix_prob={config.latent_mix_prob}: expected a probability, from 0 to 1')
-    if config.orthonorm_coeff < 0:
-        raise UserError(f'agent.orthonorm_coeff={config.orthonorm_coeff}: expected 0 or more')
-    if config.num_latent_inference_samples < 1:
-        raise UserError(
-            f'agent.num_latent_inference_samples={config.num_latent_inference_samples}: expected at least 1'
-        )
+    common.require_at_least(0, config, 'orthonorm_coeff')
+    common.require_at_least(1, config, 'num_latent_inference_samples')
 
 
 def get_config():

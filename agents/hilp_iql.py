@@ -20,7 +20,6 @@ from jax import lax
 
 from agents import common
 from utils.encoders import make_encoder
-from utils.errors import UserError
 from utils.goals import Goals
 from utils.networks import GaussianActor, ScalarHead, VectorHead
 
@@ -245,10 +244,7 @@ AGENT = HILPIQLAgent  # What `agents.load` hands to the training loop.
 
 def validate_config(config):
     """Raises UserError for values that no HILP run can have."""
-    if config.num_latent_inference_samples < 1:
-        raise UserError(
-            f'agent.num_latent_inference_samples={config.num_latent_inference_samples}: expected at least 1'
-        )
+    common.require_at_least(1, config, 'num_latent_inference_samples')
 
 
 def get_config():

@@ -5,7 +5,6 @@ whose flow samples the discounted future states of (s, a) under intention z, wit
 (arXiv 2503.09817), plus a cloned policy.
 Fine-tuning scores sampled futures with a learned reward, distils them over random z into Q with an expectile loss
 (implicit generalised policy improvement) and improves the policy on Q with behavioural cloning as regulariser.
-
 Intentions of other origins, for ablations, are in `agents/intentions.py`.
 Shapes: B batch, N flow samples per row, S state features (or image features), A action dimensions, Z latent dimensions.
 """
@@ -94,6 +93,16 @@ class InFOMAgent(flax.struct.PyTreeNode):
         # Mean over latent dimensions, so that the effective weight of the KL term is λ / Z.
         return latents, -0.5 * jnp.mean(1 + 2 * log_stds - means**2 - jnp.exp(2 * log_stds))
 
+    def critic_intentions(self, params, batch, key):
+        """z (B, Z) of the critic's targets: of the prior, of the transitions or, for `aggregate`, of other ones."""
+        if self.config.critic_latent_type == 'prior':
+            shape = (batch['actions'].shape[0], intentions.latent_dim(self.config))
+            return intentions.prior(self.representation, key, shape)
+        latents, _ = self.intentions_and_kl(params, batch, key)
+        if self.config.critic_latent_type == 'aggregate':
+            latents = jax.random.permutation(jax.random.fold_in(key, 1), latents)
+        return latents
+
     def predicted_rewards(self, params, features):
         """R(s̃): (…, S) → (…,)."""
         return self.networks.reward.apply({'params': params['reward']}, features)
@@ -176,11 +185,7 @@ class InFOMAgent(flax.struct.PyTreeNode):
     def intention_returns(self, params, batch, key):
         """1/((1−γ)·N)·Σ_k R(x̂_k), N futures of the field in `params` at (s, a, z), one z per row: (B,)."""
         latent_key, noise_key = jax.random.split(key)
-        if self.config.critic_latent_type == 'prior':
-            shape = (batch['actions'].shape[0], intentions.latent_dim(self.config))
-            latents = intentions.prior(self.representation, latent_key, shape)
-        else:
-            latents, _ = self.intentions_and_kl(params, batch, latent_key)
+        latents = self.critic_intentions(params, batch, latent_key)
         states = self.features(params, batch['observations'])
         condition = self.condition(params, states, batch['actions'], latents)
         noise = jax.random.normal(noise_key, (states.shape[0], self.config.num_flow_goals, states.shape[1]))
@@ -312,7 +317,7 @@ class InFOMAgent(flax.struct.PyTreeNode):
             ),
             reward=ScalarHead(config.reward_hidden_dims, config.reward_layer_norm),
             actor=GaussianActor(
-                action_dim=actions.shape[-1],
+                actions.shape[-1],
                 hidden_dims=config.actor_hidden_dims,
                 layer_norm=config.actor_layer_norm,
                 const_std=config.const_std,
@@ -346,17 +351,11 @@ AGENT = InFOMAgent  # What `agents.load` hands to the training loop.
 def validate_config(config):
     """Raises UserError for values that no InFOM run can have."""
     intentions.validate_config(config)
-    for name, choices in {'q_agg': ('min', 'mean'), 'critic_latent_type': ('prior', 'encoding')}.items():
-        if config[name] not in choices:
-            raise UserError(f'agent.{name}={config[name]!r}: expected one of {", ".join(choices)}')
-    for name in ('latent_dim', 'num_flow_goals', 'num_flow_steps'):
-        if config[name] < 1:
-            raise UserError(f'agent.{name}={config[name]}: expected at least 1')
+    common.require_choice(config, 'q_agg', ('min', 'mean'))
+    common.require_choice(config, 'critic_latent_type', ('prior', 'encoding', 'aggregate'))
+    common.require_at_least(1, config, 'latent_dim', 'num_flow_goals', 'num_flow_steps')
     if config.clip_flow_goals and config.encoder is not None:
-        raise UserError(
-            'agent.clip_flow_goals=True with an encoder: features have no observed range to clip to; '
-            'set --agent.clip_flow_goals=False'
-        )
+        raise UserError("agent.clip_flow_goals=True with an encoder: the features' range is not known; set it to False")
 
 
 def get_config():
@@ -387,7 +386,7 @@ def get_config():
             q_agg='min',  # Aggregation of the two critics in the actor loss: min or mean.
             intention_encoder='variational',  # Origin of z; ablations: none, fb, hilp (agents/intentions.py).
             policy_extraction='implicit_gpi',  # Expectile over z; ablations: gpi (max over z), one_step (no z).
-            critic_latent_type='prior',  # Intentions of the critic's targets: prior N(0, I), or encoding q(z|s',a').
+            critic_latent_type='prior',  # z of the critic's targets: prior N(0, I), encoding q(z|s',a'), aggregate E q.
             num_flow_goals=16,  # N, futures per row in the critic's target.
             num_flow_steps=10,  # Euler steps.
             clip_flow_goals=True,  # Clip flow samples to the observed range after each step (states only).

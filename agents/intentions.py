@@ -24,12 +24,8 @@ _SHARED = (
 def validate_config(config):
     """Raises UserError for unknown ablations, and for an extraction that the intentions do not allow."""
     encoder, extraction = config.intention_encoder, config.policy_extraction
-    for name, value, choices in (
-        ('intention_encoder', encoder, ('variational', 'none', *_AGENTS)),
-        ('policy_extraction', extraction, ('implicit_gpi', 'gpi', 'one_step')),
-    ):
-        if value not in choices:
-            raise UserError(f'agent.{name}={value!r}: expected one of {", ".join(choices)}')
+    common.require_choice(config, 'intention_encoder', ('variational', 'none', *_AGENTS))
+    common.require_choice(config, 'policy_extraction', ('implicit_gpi', 'gpi', 'one_step'))
     if (encoder == 'none' and extraction == 'gpi') or (encoder in _AGENTS and extraction == 'one_step'):
         raise UserError(
             f'agent.policy_extraction={extraction} with agent.intention_encoder={encoder}: one_step is without '

@@ -20,7 +20,6 @@ from jax import lax
 
 from agents import common
 from utils.encoders import make_encoder
-from utils.errors import UserError
 from utils.networks import GaussianActor, ScalarHead
 
 
@@ -174,10 +173,8 @@ AGENT = IQLAgent  # What `agents.load` hands to the training loop.
 
 def validate_config(config):
     """Raises UserError for values that no IQL run can have."""
-    if config.actor_loss not in ('awr', 'ddpgbc'):
-        raise UserError(f'agent.actor_loss={config.actor_loss!r}: expected one of awr, ddpgbc')
-    if config.alpha < 0:
-        raise UserError(f'agent.alpha={config.alpha}: expected 0 or more')
+    common.require_choice(config, 'actor_loss', ('awr', 'ddpgbc'))
+    common.require_at_least(0, config, 'alpha')
 
 
 def get_config():

@@ -249,9 +249,7 @@ def validate_config(config):
         raise UserError(
             f'{config.agent_name} works on states, not on images (agent.encoder={config.encoder}): {ADVICE}'
         )
-    for name in ('num_model_rollouts', 'num_model_rollout_steps', 'model_buffer_batches'):
-        if config[name] < 1:
-            raise UserError(f'agent.{name}={config[name]}: expected at least 1')
+    common.require_at_least(1, config, 'num_model_rollouts', 'num_model_rollout_steps', 'model_buffer_batches')
     if config.batch_size < 2:
         raise UserError(f'agent.batch_size={config.batch_size}: expected at least 2, as half of a batch is imagined')
 

@@ -20,7 +20,6 @@ from jax import lax
 
 from agents import common
 from utils.encoders import make_encoder
-from utils.errors import UserError
 from utils.networks import GaussianActor, ScalarHead, gaussian_log_prob, tanh_gaussian_log_prob
 
 # -------------------------------------------------------------------------------------- policy and losses of the family
@@ -202,9 +201,7 @@ AGENT = ReBRACAgent  # What `agents.load` hands to the training loop.
 
 def validate_config(config):
     """Raises UserError for values that no run of ReBRAC or of an agent built on it can have."""
-    for name in ('alpha_actor', 'alpha_critic', 'actor_noise', 'actor_noise_clip'):
-        if config[name] < 0:
-            raise UserError(f'agent.{name}={config[name]}: expected 0 or more')
+    common.require_at_least(0, config, 'alpha_actor', 'alpha_critic', 'actor_noise', 'actor_noise_clip')
 
 
 def get_config():

@@ -22,7 +22,6 @@ from jax import lax
 
 from agents import common
 from utils.encoders import make_encoder
-from utils.errors import UserError
 from utils.goals import Goals
 from utils.networks import ContrastiveCritic, GaussianActor, ScalarHead
 
@@ -226,14 +225,9 @@ AGENT = TDInfoNCEAgent  # What `agents.load` hands to the training loop.
 
 def validate_config(config):
     """Raises UserError for values that no TD InfoNCE run can have."""
-    choices = {
-        'logit_agg': ('mean', 'min'),
-        'goals': ('future', 'marginal'),
-        'actor_goals': ('trajectory', 'marginal'),
-    }
-    for name, allowed in choices.items():
-        if config[name] not in allowed:
-            raise UserError(f'agent.{name}={config[name]!r}: expected one of {", ".join(allowed)}')
+    common.require_choice(config, 'logit_agg', ('mean', 'min'))
+    common.require_choice(config, 'goals', ('future', 'marginal'))
+    common.require_choice(config, 'actor_goals', ('trajectory', 'marginal'))
 
 
 def get_config():

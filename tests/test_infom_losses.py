@@ -161,6 +161,20 @@ def test_q_targets(case):
     assert np.std(expected) > 1e-2
 
 
+def test_aggregate_intentions_are_those_of_other_transitions():
+    case = make_case('switched')
+    config = type(case.config)({**case.config, 'critic_latent_type': 'aggregate'})
+    agent = case.agent.replace(config=config)
+    draws = case.critic_draws(KEY)
+    own = reference.intentions(case.params['intention_encoder'], case.config, case.batch64, draws['latents'])[0]
+    latent_key, _ = jax.random.split(KEY)
+    draws['latents'] = jax.random.permutation(jax.random.fold_in(latent_key, 1), own)
+    expected = reference.q_targets(case.params, agent.config, case.batch64, draws, case.bounds)
+    targets = tiny.compiled('q_targets')(agent, agent.params, case.batch, KEY)
+    np.testing.assert_allclose(targets, expected, rtol=RTOL, atol=RTOL * np.abs(expected).max())
+    assert np.abs(expected - case.q_targets()).max() > 1e-2, 'its own intention would give something else'
+
+
 def test_critic_loss(case):
     loss, metrics = tiny.compiled('critic_loss')(case.agent, case.agent.params, case.batch, KEY)
     targets = case.q_targets()

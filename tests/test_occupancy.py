@@ -83,6 +83,16 @@ class KnownOccupancy(flax.struct.PyTreeNode):
         return jnp.zeros((len(batch['actions']), 2)), 0.0
 
 
+class WhereTheIntentionPoints(KnownOccupancy):
+    """Predicts the state that z names; z of a transition is its state."""
+
+    def condition(self, params, features, actions, latents):
+        return latents
+
+    def intentions_and_kl(self, params, batch, key):
+        return batch['observations'], 0.0
+
+
 def still_episodes():
     """Two episodes that rest at (0, 0) and at (6, 8)."""
     places = np.repeat(np.array([[0, 0], [6, 8]], np.float32), 10, axis=0)
@@ -96,12 +106,20 @@ def test_report_on_an_occupancy_that_is_known(error):
     agent = KnownOccupancy(params={}, error=error)
     report = occupancy.occupancy_report(agent, still_episodes(), jax.random.key(0), num_states=6, num_samples=400)
     assert tuple(report) == occupancy.PREDICTORS
-    for predictor in occupancy.PREDICTORS[:2]:
+    for predictor in occupancy.PREDICTORS[:3]:
         assert report[predictor]['energy_distance'] == pytest.approx(2 * 5 * error, abs=1e-4)
     assert report['copy of the state']['energy_distance'] == pytest.approx(0, abs=1e-4)
     # Half of the random rows are 10 away: 2·5 − 2·¼·10 = 5.
     assert report['marginal']['energy_distance'] == pytest.approx(5, abs=1)
     assert report['marginal']['sliced_wasserstein'] > 1 > report['copy of the state']['sliced_wasserstein']
+
+
+def test_the_intention_of_another_transition_leads_elsewhere():
+    agent = WhereTheIntentionPoints(params={}, error=0.0)
+    report = occupancy.occupancy_report(agent, still_episodes(), jax.random.key(0), num_states=60, num_samples=4)
+    assert report['flow, z inferred']['energy_distance'] == pytest.approx(0, abs=1e-4)
+    # Half of them point to where 2·10 is the distance.
+    assert report['flow, z of others']['energy_distance'] == pytest.approx(10, abs=3)
 
 
 def test_report_of_infom_without_intentions():

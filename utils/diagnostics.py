@@ -65,12 +65,12 @@ def value_diagnostics(agent, batch, modes, ranges: Ranges):
 
 
 def occupancy_diagnostics(agent, batch, key, ranges: Ranges):
-    """Flow samples (one for each row) before any clipping: `flow_outside`, the share of their features outside the
-    observed range, and `flow_excess`, the mean over rows of the largest distance from it, in the units of the
-    (normalised) states; with labels the learned reward's range on the samples as training has them, and
-    `reward_excess`, its distance from the labels' range in widths of that."""
+    """Flow samples (one for each row), under the intentions of the critic's targets, before any clipping:
+    `flow_outside`, the share of their features outside the observed range, and `flow_excess`, the mean over rows of the
+    largest distance from it, in the units of the (normalised) states; with labels the learned reward's range on the
+    samples as training has them, and `reward_excess`, its distance from the labels' range in widths of that."""
     latent_key, noise_key = jax.random.split(key)
-    latents, _ = agent.intentions_and_kl(agent.params, batch, latent_key)
+    latents = agent.critic_intentions(agent.params, batch, latent_key)
 
     def futures(agent):  # From the same noise at every call: (B, S).
         return occupancy.sample_futures(agent, batch, latents, noise_key, num_samples=1)[:, 0]

@@ -288,7 +288,8 @@ def occupancy(look, report):
         'distributed times, in the same trajectory (normalised observations; lower is better; ± one standard error). '
         'The marginal baseline answers with random held-out states, the copy baseline with the state itself. The '
         'truth is one trajectory for each state, so that not even the true distribution would reach 0. Where inferred '
-        'intentions do better than those from the prior, z tells something about the future.'
+        'intentions do better than those of other transitions, z tells something about the future; where those of '
+        'other transitions do better than those from the prior, the flow was not trained on what the prior gives.'
     )
     names = ('energy_distance', 'sliced_wasserstein')
     rows = [

@@ -17,7 +17,7 @@ from utils import datasets
 from utils.flows import map_rows
 from utils.goals import Goals, sample_goal_rows
 
-PREDICTORS = ('flow, z inferred', 'flow, z from the prior', 'marginal', 'copy of the state')
+PREDICTORS = ('flow, z inferred', 'flow, z of others', 'flow, z from the prior', 'marginal', 'copy of the state')
 NUM_PROJECTIONS = 64  # Directions of the sliced distance.
 BLOCK = 128  # Points whose distances to all others are in memory at once.
 
@@ -128,7 +128,8 @@ def occupancy_report(agent, dataset, key, num_states: int = 64, num_samples: int
 
     For each of `num_states` rows drawn from the first halves of the episodes, `num_samples` predicted futures are
     compared with as many geometric-horizon futures of the same trajectory. Predictors: the flow under the intention
-    inferred from the transition, under one from the prior, random rows of the data set, and the state itself.
+    inferred from the transition, under that of another transition drawn from the data set, and under one from the
+    prior; random rows of the data set; the state itself.
 
     Returns:
         {predictor: {energy_distance, energy_distance_error, sliced_wasserstein, sliced_wasserstein_error}}: means over
@@ -155,10 +156,12 @@ def _scores(agent, dataset, rows, key, num_samples):
     shape = (len(rows), num_samples)
     truth = geometric_futures(future_key, rows, dataset.ends[rows], agent.config.discount, num_samples)
     marginal = jax.random.randint(marginal_key, shape, 0, len(dataset.ends))
-    latents, _, _ = inferred_intentions(agent, batch, latent_key)
+    others = jax.random.choice(jax.random.fold_in(latent_key, 1), jnp.asarray(dataset.next_action_rows), rows.shape)
+    transitions = batch, datasets.gather_batch(dataset, others, frozenset({'next_actions'}))
+    latents = [inferred_intentions(agent, each, latent_key)[0] for each in transitions]
+    latents.append(prior_intentions(agent, prior_key, len(rows)))
     samples = (
-        sample_futures(agent, batch, latents, noise_key, num_samples),
-        sample_futures(agent, batch, prior_intentions(agent, prior_key, len(rows)), noise_key, num_samples),
+        *(sample_futures(agent, batch, each, noise_key, num_samples) for each in latents),
         features_of(agent, dataset, marginal),
         features_of(agent, dataset, jnp.broadcast_to(rows[:, None], shape)),
     )
