@@ -115,7 +115,7 @@ def test_infom_from_run_to_page(data_dir, tmp_path, small):
     assert page.count('<img') == 6 and page.count('<video') == 1 and 'Left out' not in page and 'Mind' not in page
     assert '-7.25' in page, 'the score'
     occupancy = rows_of(run / 'figures' / 'inspect_occupancy.csv')
-    assert [row['step'] for row in occupancy] == ['10'] * 4 + ['20'] * 4, 'every kept checkpoint'
+    assert [row['step'] for row in occupancy] == ['10'] * 5 + ['20'] * 5, 'every kept checkpoint'
     distances = {(row['step'], row['predictor']): row['energy_distance'] for row in occupancy}
     assert distances['10', 'marginal'] == distances['20', 'marginal'], 'the same states and draws'
     futures = rows_of(run / 'figures' / 'inspect_futures.csv')
