@@ -1,6 +1,6 @@
 """Throughput of several agents, sizes and seeds: one process each, one table for all.
 
-    python -m benchmarks.suite [--only=iql,infom] [--output=results/throughput]
+    python -m benchmarks.suite [--only=iql,visual] [--output=results/throughput]
 
 Runs `benchmarks.throughput` for every entry of the device's kind, one after the other, so that each has the machine and
 its memory to itself. Leaves `throughput.jsonl` (a line for each entry, machine and versions included; another device's
@@ -130,13 +130,24 @@ def write(directory: Path, reports) -> None:
             temporary.write_text(text, encoding='utf-8')
 
 
+def chosen(entries, only: list[str]) -> list[dict]:
+    """The entries of an agent in `only`, or of a task with a part of its name there; all if it is empty. Raises
+    UserError where that leaves none."""
+    found = [
+        entry
+        for entry in entries
+        if not only or entry['agent'] in only or any(word in entry.get('env_name', '') for word in only)
+    ]
+    if not found:
+        raise UserError(f'--only={",".join(only)}: no entry of the suite has such an agent or task')
+    return found
+
+
 def main(_):
     import jax
 
     kind = 'cpu' if jax.default_backend() == 'cpu' else 'gpu'
-    entries = [entry for entry in ENTRIES[kind] if not FLAGS.only or entry['agent'] in FLAGS.only]
-    if not entries:
-        raise UserError(f'--only={",".join(FLAGS.only)}: no entry of the suite has such an agent')
+    entries = chosen(ENTRIES[kind], FLAGS.only)
     directory = Path(FLAGS.output)
     runs.require_writable(directory)
     path = directory / 'throughput.jsonl'
@@ -149,6 +160,6 @@ def main(_):
 
 
 if __name__ == '__main__':
-    flags.DEFINE_list('only', [], 'Agents to measure; empty for all of the suite.')
+    flags.DEFINE_list('only', [], 'Agents to measure, or parts of the names of tasks, as in visual; empty for all.')
     flags.DEFINE_string('output', 'results/throughput', 'Folder of throughput.jsonl and README.md.')
     cli.run(main)

@@ -15,6 +15,7 @@ import pytest
 
 from benchmarks import arithmetic, host_loop, suite, throughput
 from tests.tiny import ACTION_DIM, STATE_DIM, make_agent, make_batch, make_dataset, random_walks
+from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 TOLERANCE = 1e-4
@@ -207,6 +208,16 @@ def test_the_suite_keeps_one_line_for_each_entry_and_device(tmp_path):
     assert text.count('| iql | states | paper | 1 | pre-training | 2.0 | 500.0 | 1.0 |') == 2
     assert '## cpu: 2 cores of P' in text and '## gpu: 2 cores of P' in text
     assert [json.loads(line)['device'] for line in (tmp_path / 'throughput.jsonl').open()] == ['cpu', 'gpu']
+
+
+def test_entries_are_chosen_by_agent_or_task():
+    entries = suite.ENTRIES['cpu']
+    assert suite.chosen(entries, []) == entries
+    assert [entry['agent'] for entry in suite.chosen(entries, ['iql', 'rebrac'])] == ['iql', 'rebrac']
+    (images,) = suite.chosen(entries, ['visual'])
+    assert images['env_name'].startswith('visual-')
+    with pytest.raises(UserError, match='--only=iqq: no entry'):
+        suite.chosen(entries, ['iqq'])
 
 
 def test_every_entry_of_the_suite_can_be_measured():
