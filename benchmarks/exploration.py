@@ -101,10 +101,11 @@ def main(_):
         'num_envs': FLAGS.num_envs,
     }
     command = ['python', '-m', 'benchmarks.exploration', *(f'--{name}={value}' for name, value in settings.items())]
+    over = f'± the standard deviation over {len(seeds)} seeds' if len(seeds) > 1 else 'one seed'
     with runs.atomic_path(output / 'README.md') as temporary:
         temporary.write_text(
-            f'# Exploration\n\nShare of a fixed grid that {FLAGS.num_transitions:,} transitions visit, ± the standard '
-            f'deviation over {len(seeds)} seeds (`benchmarks/exploration.py`).\n\n{table(curves)}\n\n'
+            f'# Exploration\n\nShare of a fixed grid that {FLAGS.num_transitions:,} transitions visit, '
+            f'{over} (`benchmarks/exploration.py`).\n\n{table(curves)}\n\n'
             f'![coverage](coverage.png)\n\n`{" ".join(command)}`\n'
         )
     print(table(curves))

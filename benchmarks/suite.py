@@ -35,7 +35,7 @@ ENTRIES = {
         {'agent': 'infom', 'preset': 'small', 'num_seeds': 4, 'updates': 40, 'finetuning_updates': 20, 'repeats': 5},
         {
             'agent': 'infom', 'env_name': f'visual-{CUBE}', 'preset': 'small', 'rows': 2_000,
-            'updates': 2, 'finetuning_updates': 2, 'repeats': 3,
+            'updates': 2, 'finetuning_updates': 2, 'repeats': 2,
         },
     ],
     'gpu': [
