@@ -15,7 +15,7 @@ from utils.errors import UserError
 
 @pytest.fixture(scope='module')
 def saved(tmp_path_factory):
-    """A checkpoint to look at; tests that damage one make a copy."""
+    """The checkpoint that tests copy to damage it."""
     return save_one(tmp_path_factory.mktemp('run') / 'checkpoints', make_state())
 
 
