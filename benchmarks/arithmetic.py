@@ -6,6 +6,7 @@ import time
 import jax
 import jax.numpy as jnp
 from jax.extend import core
+from jax.interpreters import partial_eval
 
 RATE_ROWS, RATE_WIDTH, RATE_PRODUCTS = 256, 512, 40  # The products of paper-size networks.
 
@@ -14,10 +15,12 @@ def matmul_flops(function, *arguments) -> float:
     """Floating-point operations, 2 for a multiply-add, of matrix products and convolutions in `function(*arguments)`.
 
     Counted in the traced program, loops as often as they run; of a choice between branches (by platform, say) the one
-    with the most. XLA's own count takes the body of a loop once. Elementwise work is left out: it is what a share of
+    with the most, and nothing for what no output depends on. XLA's own count takes the body of a loop once. Elementwise work is left out: it is what a share of
     the device's matmul rate is meant to show.
     """
-    return _jaxpr_flops(jax.make_jaxpr(function)(*arguments).jaxpr)
+    jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
+    live, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return _jaxpr_flops(live)
 
 
 def _jaxpr_flops(jaxpr) -> float:

@@ -53,6 +53,7 @@ flags.DEFINE_integer(
 flags.DEFINE_integer('repeats', 7, 'turns of each loop in each phase', lower_bound=1)
 flags.DEFINE_integer('rows', 100_000, 'rows of the synthetic data', lower_bound=10)
 flags.DEFINE_integer('num_seeds', 1, 'seeds trained side by side', lower_bound=1)
+flags.DEFINE_integer('batch_size', None, "rows of a batch instead of the preset's", lower_bound=1)
 
 
 @dataclasses.dataclass
@@ -113,13 +114,16 @@ def synthetic_rows(rows: int, observation_shape: tuple[int, ...], action_dim: in
     }
 
 
-def make_problem(agent: str, env_name: str, preset: str, rows: int) -> Problem:
-    """The preset's networks and synthetic data of the task's shapes. Raises UserError for what cannot be measured."""
+def make_problem(agent: str, env_name: str, preset: str, rows: int, batch_size: int | None = None) -> Problem:
+    """The preset's networks and synthetic data of the task's shapes; the preset's batches where `batch_size` is None.
+    Raises UserError for what cannot be measured."""
     name, task = agents.resolve(agent), envs.task_spec(env_name)
     module = agents.load(name)
     settings = presets.resolve(name, env_name, preset)
     config = module.get_config()
     config.update(settings.agent)
+    if batch_size is not None:
+        config.batch_size = batch_size
     module.validate_config(config)
     raw = synthetic_rows(rows, task.observation_shape, task.action_size)
     normalizer = Normalizer.fit(raw['observations'], settings.flags['obs_norm_type'])
@@ -269,7 +273,7 @@ def main(_):
     if task.visual:
         avoid_crash_on_images()
     about = machine()
-    problem = make_problem(agent, values.env_name, values.preset, values.rows)
+    problem = make_problem(agent, values.env_name, values.preset, values.rows, values.batch_size)
     period = problem.config.actor_freq
     updates = {'pretraining': values.updates, 'finetuning': -(-values.finetuning_updates // period) * period}
     results, rates = {}, []
@@ -290,7 +294,7 @@ def main(_):
         f'matrix products at {max(rates):.0f} GFLOP/s on {about["device"]}\n\n{table(results)}\n'
     )
     report = {name: getattr(values, name) for name in ('preset', 'env_name', 'num_seeds', 'repeats')}
-    report |= {'agent': agent, 'matmul_gflops': round(max(rates), 1)}
+    report |= {'agent': agent, 'batch_size': problem.config.batch_size, 'matmul_gflops': round(max(rates), 1)}
     for phase, result in results.items():
         report.update({f'{JSON_PREFIX[phase]}_{name}': round(value, 4) for name, value in result.items()})
     print(json.dumps({**report, **about}))

@@ -1,11 +1,14 @@
 """Output shapes, scaling and structure of every named image encoder."""
 
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from utils.encoders import ImpalaEncoder, ResNetEncoder, make_encoder
+from utils.encoders import ImpalaEncoder, ResNetEncoder, make_encoder, same_convolution
 from utils.errors import UserError
 
 KEY = jax.random.key(0)
@@ -112,3 +115,46 @@ def test_names():
     assert make_encoder(None) is None
     with pytest.raises(UserError, match=r'impala_tiny.*impala_small'):
         make_encoder('impala_tiny')
+
+
+@pytest.mark.parametrize('size', [3, 5])
+@pytest.mark.parametrize('seeds', [1, 2])
+def test_gradients_of_the_convolution(size, seeds):
+    """Against those that JAX derives, alone and over seeds, on images that are not square."""
+
+    def value(convolution, images, kernel):
+        return jnp.sin(convolution(images, kernel)).sum()
+
+    def plain(images, kernel):
+        return jax.lax.conv_general_dilated(images, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+
+    images = jax.random.normal(KEY, (seeds, 2, 9, 6, 4))
+    kernel = jax.random.normal(jax.random.key(1), (seeds, size, size, 4, 3))
+    with jax.default_matmul_precision('highest'):
+        np.testing.assert_allclose(same_convolution(images[0], kernel[0]), plain(images[0], kernel[0]), atol=1e-5)
+        ours = jax.vmap(jax.grad(functools.partial(value, same_convolution), (0, 1)))(images, kernel)
+        expected = jax.vmap(jax.grad(functools.partial(value, plain), (0, 1)))(images, kernel)
+    for gradient, right in zip(ours, expected):
+        np.testing.assert_allclose(gradient, right, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(jax.default_backend() != 'cpu', reason='a matter of the CPU backend')
+@pytest.mark.parametrize('seeds', [1, 2])
+def test_convolutions_of_a_training_loop_are_in_the_layout_of_fast_kernels(seeds):
+    encoder = make_encoder('impala_debug')
+    images = jnp.zeros((2, 64, 64, 3), jnp.uint8)
+    params = jax.vmap(lambda key: encoder.init(key, images))(jax.random.split(KEY, seeds))
+
+    def train(params):
+        gradient = jax.vmap(jax.grad(lambda params: (encoder.apply(params, images) ** 2).sum()))
+
+        def descend(params, _):
+            return jax.tree.map(lambda p, g: p - 1e-3 * g, params, gradient(params)), None
+
+        return jax.lax.scan(descend, params, length=2)
+
+    program = jax.jit(train).lower(params).compile().as_text()
+    layouts = re.findall(r' convolution\(.*dim_labels=(\S+?),? ', program)
+    assert ' while(' in program
+    assert len(layouts) >= 3 * NUM_CONVOLUTIONS['impala_debug'] - 1  # The first needs no gradient for the images.
+    assert set(layouts) == {'b01f_01io->b01f'}
