@@ -15,6 +15,7 @@ from utils import checkpoints, runs
 from utils.errors import TrainingDiverged, UserError
 from utils.experiment import Experiment
 from utils.flags import define_flags, resolve_settings, set_up_jax
+from utils.run_status import FINISHED, run_status
 
 TASK = 'cube-single-play-singletask-task1-v0'
 
@@ -181,6 +182,13 @@ def test_one_checkpoint_fine_tunes_on_its_own(finished, tmp_path):
     with make_experiment(config, calls=[], load=load_labelled, first_phase='finetuning') as experiment:
         experiment.finetune()
     assert saved_arrays(config.run_dir, 48) == saved_arrays(reference.run_dir, 48)
+
+    # Its steps are counted from where pre-training ended, and so is whether it is finished.
+    written = config.run_dir / 'config.json'
+    started = json.loads(written.read_text())
+    assert run_status(config.run_dir) == FINISHED
+    written.write_text(json.dumps(started | {'finetuning_steps': started['finetuning_steps'] + 10}))
+    assert run_status(config.run_dir) == 'not finished: at step 48 of 58'
 
 
 def test_pretraining_never_sees_a_reward(tmp_path):

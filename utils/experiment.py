@@ -129,7 +129,14 @@ class Experiment:
         self.agents = devices.place(agents, self.mesh, 'seed')
         if path is not None:
             self.agents = checkpoints.restore(path, self.agents)
-        self._start_info = {'origin': origin, 'checkpoint': None if path is None else str(path)}
+        before = 0  # Steps of the run that this one fine-tunes.
+        if first_phase == 'finetuning':
+            before = self.offset if self.phase == 'finetuning' else self.phase_step
+        self._start_info = {
+            'origin': origin,
+            'checkpoint': None if path is None else str(path),
+            'steps_before': before,
+        }
         self._write_config()
         for line in config.describe().splitlines():
             logging.info('%s', line)

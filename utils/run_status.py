@@ -24,7 +24,8 @@ def run_status(run_directory: str | os.PathLike) -> str:
             return 'stopped before the first line of metrics'
         rows = read_metrics(run_directory / 'metrics.jsonl')
         reached = max((row['step'] for row in rows), default=0)
-        wanted = config['pretraining_steps'] + config['finetuning_steps']
+        before = config.get('start', {}).get('steps_before', 0)  # Those of the run that this one fine-tunes.
+        wanted = before + config['pretraining_steps'] + config['finetuning_steps']
         if not (run_directory / 'summary.json').exists():
             return f'not finished: at step {reached} of {wanted}'
         summarised = max(read_json(run_directory / 'summary.json')['steps'].values(), default=0)
