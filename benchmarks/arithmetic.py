@@ -15,8 +15,8 @@ def matmul_flops(function, *arguments) -> float:
     """Floating-point operations, 2 for a multiply-add, of matrix products and convolutions in `function(*arguments)`.
 
     Counted in the traced program, loops as often as they run; of a choice between branches (by platform, say) the one
-    with the most, and nothing for what no output depends on. XLA's own count takes the body of a loop once. Elementwise work is left out: it is what a share of
-    the device's matmul rate is meant to show.
+    with the most, and nothing for what no output depends on. XLA's own count takes the body of a loop once.
+    Elementwise work is left out: it is what a share of the device's matmul rate is meant to show.
     """
     jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
     live, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
