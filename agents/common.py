@@ -101,6 +101,17 @@ def copy_of(params):
     return jax.tree.map(jnp.copy, params)
 
 
+ACTING = 'acting_actor'  # Name, among the target networks, of the average of the actor that acts.
+
+
+def acting_actor(agent):
+    """Parameters of the actor that acts: the moving average of the trained one where the agent keeps it, else itself.
+
+    Every loss is of the trained actor; the average of its iterates (Polyak and Juditsky, 1992) varies less than they.
+    """
+    return agent.target_params.get(ACTING, agent.params['actor'])
+
+
 def target_update(params, target_params, tau: float):
     """Exponential moving average θ̄ ← τθ + (1−τ)θ̄ over the modules that have a target."""
     return {
@@ -260,6 +271,9 @@ def update_modules(agent, modules, loss_fn):
     params, opt_states, metrics = adam_step(agent, modules, loss_fn)
     moving = {name: target for name, target in agent.target_params.items() if name in modules}
     target_params = agent.target_params | target_update(params, moving, agent.config.tau)
+    if ACTING in target_params and 'actor' in modules:
+        acting = {ACTING: target_params[ACTING]}
+        target_params |= target_update({ACTING: params['actor']}, acting, agent.config.actor_tau)
     return agent.replace(params=params, opt_states=opt_states, target_params=target_params), metrics
 
 
@@ -267,4 +281,5 @@ def reset_targets(agent):
     """The agent with every target set to a copy of its online network; None for None."""
     if agent is None:
         return None
-    return agent.replace(target_params=copy_of({name: agent.params[name] for name in agent.target_params}))
+    online = agent.params | {ACTING: agent.params.get('actor')}
+    return agent.replace(target_params=copy_of({name: online[name] for name in agent.target_params}))

@@ -260,7 +260,7 @@ class InFOMAgent(flax.struct.PyTreeNode):
 
     def act(self, observations, key, temperature=1.0):
         """Actions (B, A) in [−1, 1]: the mode plus `temperature` times the policy's noise; 0 gives the mode."""
-        means, stds = self.networks.actor.apply({'params': self.params['actor']}, observations)
+        means, stds = self.networks.actor.apply({'params': common.acting_actor(self)}, observations)
         return jnp.clip(means + temperature * stds * jax.random.normal(key, means.shape), -1, 1)
 
     @property
@@ -334,9 +334,11 @@ class InFOMAgent(flax.struct.PyTreeNode):
         flow_bounds = None
         if config.clip_flow_goals:
             flow_bounds = clipping_bounds(example_batch['observation_min'], example_batch['observation_max'])
+        targets = {name: params[name] for name in ('vector_field', 'encoder') if name in params}
+        targets[common.ACTING] = params['actor']
         return cls(
             params=params,
-            target_params=common.copy_of({k: params[k] for k in ('vector_field', 'encoder') if k in params}),
+            target_params=common.copy_of(targets),
             opt_states=common.init_adam(params, config),
             flow_bounds=flow_bounds,
             representation=intentions.create(jax.random.fold_in(key, 1), example_batch, config),
@@ -379,6 +381,7 @@ def get_config():
             latent_dim=512,  # Z.
             discount=0.99,  # γ.
             tau=0.005,  # Rate of the target networks' moving average.
+            actor_tau=0.001,  # Rate, per actor update, of the average of the actor that acts; 1: no average.
             expectile=0.9,  # μ of the critic's expectile loss.
             future_intention_gradient=False,  # Let z learn from ℓ_fut as well as from ℓ_cur.
             kl_weight=0.01,  # λ; the KL term is a mean over Z.

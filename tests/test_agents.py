@@ -41,7 +41,11 @@ ROWS = {
     'infom': Row(
         pretrained={'vector_field', 'intention_encoder', 'actor'},
         finetuned={'vector_field', 'intention_encoder', 'critic', 'reward'},
-        targets={kind: {'vector_field'} for kind in UPDATES},
+        targets={
+            'pretrain': {'vector_field', 'acting_actor'},
+            'finetune': {'vector_field'},
+            'finetune_actor': {'vector_field', 'acting_actor'},
+        },
         image_modules={'encoder'},
     ),
     'iql': Row(
@@ -115,7 +119,7 @@ def seed_of(agents, i):
 @functools.cache
 def state_case(name):
     """One agent whose parameters and targets are all off their initial values, and a labelled batch."""
-    return tiny_agents.off_initial(seed_of(created(name), 0)), tiny_agents.make_batch()
+    return tiny.off_initial(seed_of(created(name), 0)), tiny_agents.make_batch()
 
 
 @functools.cache
@@ -183,10 +187,9 @@ def check_update(name, kind, agent, batch, images):
     assert {m for m in agent.params if not equal(agent.params[m], updated.params[m])} == trained
     assert {m for m in agent.params if not equal(agent.opt_states[m], updated.opt_states[m])} == trained
 
-    tau = agent.config.get('tau')  # None where there is no target.
     for module, target in agent.target_params.items():
         if module in row.targets[kind] | extra:
-            online = updated.params[module]
+            online, tau = tiny_agents.online_of(updated)[module], tiny_agents.rate_of(agent, module)
             expected = jax.tree.map(
                 lambda new, old: tau * np.float64(new) + (1 - tau) * np.float64(old), online, target
             )
@@ -279,7 +282,7 @@ def test_begin_finetuning_copies_every_online_network(name):
     assert begun.target_params.keys() == agent.target_params.keys()
     for module, target in begun.target_params.items():
         assert not equal(target, agent.target_params[module])
-        assert equal(target, begun.params[module])
+        assert equal(target, tiny_agents.online_of(begun)[module])
     assert jax.tree.structure(begun) == jax.tree.structure(agent)
     assert_no_shared_buffers(begun)
 
@@ -289,8 +292,7 @@ def test_a_fresh_agent_shares_no_buffers(name):
     example = datasets.example_batch(dataset('pretraining'))
     agent = agents.load(name).AGENT.create(KEY, example, tiny_agents.make_config(name, const_std=False))
     assert_no_shared_buffers(agent)
-    for module, target in agent.target_params.items():
-        assert equal(target, agent.params[module])
+    assert equal(agent.target_params, tiny_agents.online_of(agent))
     assert agent.opt_states.keys() == agent.params.keys()
     assert 'log_std' in agent.params['actor']
 
@@ -327,6 +329,7 @@ def without_null_directions(*agents):
     """
 
     def clear(name, params):
+        name = 'actor' if name == 'acting_actor' else name
         if name not in agents[0].opt_states:
             return params
         second_moments = agents[0].opt_states[name][0].nu

@@ -140,6 +140,20 @@ def command(*arguments):
     )
 
 
+@pytest.mark.parametrize('number', [1, 2, 5])
+def test_a_legend_stays_inside_its_figure(number, opened):
+    figure, (axis,) = plots.panels(1, columns=4, size=(3, 2.5))
+    opened.append(figure)
+    height = figure.get_size_inches()[1]
+    for i in range(number):
+        axis.plot([0, 1], [0, i], label=f'variant {i} (value_layer_norm=False, next_actions_across_episodes=True)')
+    plots.legend(figure, [axis])
+    figure.canvas.draw()
+    (box,) = (legend.get_window_extent() for legend in figure.legends)
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.x1
+    assert box.y0 >= 0 and box.height <= (figure.get_size_inches()[1] - height) * figure.dpi * 1.1
+
+
 def test_the_command_writes_vector_and_png_files(runs, tmp_path):
     result = command(runs, f'--output={tmp_path / "out"}', '--formats=svg,png,pdf')
     assert result.returncode == 0, result.stderr

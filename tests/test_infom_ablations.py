@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from agents import fb_iql, hilp_iql
-from tests import baseline_reference, tiny_agents
+from tests import baseline_reference, tiny, tiny_agents
 from tests import infom_reference as reference
 from tests.tiny import BATCH_SIZE, OBSERVED_RANGE, STATE_DIM
 from utils.errors import UserError
@@ -29,7 +29,7 @@ def make_case(name):
     batch = tiny_agents.make_batch()
     agent = tiny_agents.make_agent('infom', batch, **VARIANTS[name])
     if agent.representation is not None:
-        agent = agent.replace(representation=tiny_agents.off_initial(agent.representation))
+        agent = agent.replace(representation=tiny.off_initial(agent.representation))
     return agent, batch
 
 
@@ -147,8 +147,7 @@ def test_the_representation_learns_beside_in_both_phases(name, agent_class, trai
         assert all(jnp.isfinite(value) for value in values.values())
     begun = agent.begin_finetuning(batch, KEY)
     for owner in (begun, begun.representation):
-        online = {module: owner.params[module] for module in owner.target_params}
-        jax.tree.map(np.testing.assert_array_equal, owner.target_params, online)
+        jax.tree.map(np.testing.assert_array_equal, owner.target_params, tiny_agents.online_of(owner))
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,7 @@ def test_a_normaliser_for_every_file(tmp_path, per_split):
 def test_the_published_preset_chooses_all_of_it():
     settings = presets.resolve('infom', 'cheetah_run', 'published')
     assert settings.agent['joint_adam'] is True and settings.agent['value_layer_norm'] is False
+    assert settings.agent['actor_tau'] == 1
     assert settings.flags['obs_norm_per_split'] is True and settings.flags['next_actions_across_episodes'] is True
     # What the table says of LayerNorm wins, and other agents had it on.
     later = presets.resolve('infom', 'cube-single-play-singletask-task3-v0', 'published')

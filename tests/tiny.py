@@ -76,7 +76,16 @@ def make_agent(batch, seed=0, **overrides):
     if batch['observations'].ndim == 2:
         example['observation_min'], example['observation_max'] = OBSERVED_RANGE
     agent = jax.jit(lambda key: InFOMAgent.create(key, example, config))(jax.random.key(seed))
-    return agent.replace(params=perturb(agent.params, 1, 0.1), target_params=perturb(agent.target_params, 2, 0.1))
+    return off_initial(agent)
+
+
+def off_initial(agent):
+    """The agent with noise on parameters and targets."""
+    acting = {name: agent.target_params[name] for name in ('acting_actor',) if name in agent.target_params}
+    targets = {name: target for name, target in agent.target_params.items() if name not in acting}
+    return agent.replace(
+        params=perturb(agent.params, 1, 0.1), target_params=perturb(targets, 2, 0.1) | perturb(acting, 3, 0.1)
+    )
 
 
 def with_config(agent, **overrides):

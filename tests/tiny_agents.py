@@ -56,14 +56,7 @@ def make_agent(name, batch, images=False, seed=0, **overrides):
     if not images:
         example['observation_min'], example['observation_max'] = tiny.OBSERVED_RANGE
     agent = jax.jit(lambda key: agents.load(name).AGENT.create(key, example, config))(jax.random.key(seed))
-    return off_initial(agent)
-
-
-def off_initial(agent):
-    """The agent with noise on parameters and targets."""
-    return agent.replace(
-        params=tiny.perturb(agent.params, 1, 0.1), target_params=tiny.perturb(agent.target_params, 2, 0.1)
-    )
+    return tiny.off_initial(agent)
 
 
 def with_config(agent, **overrides):
@@ -75,3 +68,14 @@ def with_config(agent, **overrides):
 def compiled(function, **options):
     """A function of an agent as a compiled one, shared by the tests: compiling takes longest."""
     return jax.jit(functools.partial(function, **options))
+
+
+def online_of(agent):
+    """{target network: the parameters that it follows}."""
+    online = agent.params | {'acting_actor': agent.params.get('actor')}
+    return {module: online[module] for module in agent.target_params}
+
+
+def rate_of(agent, target):
+    """The rate at which a target network follows; None for an agent that has none."""
+    return agent.config.actor_tau if target == 'acting_actor' else agent.config.get('tau')

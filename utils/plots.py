@@ -5,6 +5,7 @@ collected runs is in `utils/figures.py`.
 """
 
 import os
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from utils.runs import atomic_path, read_metrics
 
 # Okabe and Ito's colours, distinguishable with any colour vision.
 COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
+HANDLE_WIDTH, CHARACTER_WIDTH = 0.6, 0.09  # inches that a legend's entry takes
 STYLES = ('-', '--', ':')  # one after the other when the colours are used up
 
 
@@ -73,16 +75,20 @@ def draw_band(axis, curves: Sequence[tuple[np.ndarray, np.ndarray]], *, color, s
 
 
 def legend(figure, axes) -> None:
-    """One legend for all panels, below them; each label once."""
+    """One legend for all panels, below them; each label once, in lines that fit the figure's width."""
     entries = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
     width, height = figure.get_size_inches()
-    longest = max(map(len, entries), default=1)
-    columns = max(1, min(len(entries), int(width / (0.6 + 0.09 * longest))))
-    figure.set_size_inches(width, height + 0.22 * -(-len(entries) // columns))  # The panels keep their size.
-    figure.legend(entries.values(), entries.keys(), loc='outside lower center', frameon=False, ncols=columns)
+    fitting = int((width - HANDLE_WIDTH) / CHARACTER_WIDTH)
+    labels = [textwrap.fill(label, fitting, break_on_hyphens=False) for label in entries]
+    longest = max((len(line) for label in labels for line in label.splitlines()), default=1)
+    columns = max(1, min(len(entries), int(width / (HANDLE_WIDTH + CHARACTER_WIDTH * longest))))
+    heights = [1 + label.count('\n') for label in labels]
+    lines = max(sum(part) for part in np.array_split(heights, columns))  # As the legend fills its columns.
+    figure.set_size_inches(width, height + 0.22 * lines)  # The panels keep their size.
+    figure.legend(entries.values(), labels, loc='outside lower center', frameon=False, ncols=columns)
 
 
 def count_in_thousands(axis) -> None:

@@ -103,7 +103,7 @@ PRESETS = {
         flags={'obs_norm_per_split': True, 'next_actions_across_episodes': True},
         agent={'joint_adam': True},
         image_agent={},
-        defaults={'infom': {'value_layer_norm': False}},
+        defaults={'infom': {'value_layer_norm': False, 'actor_tau': 1.0}},
     ),
     # Minutes on a laptop's CPU: small networks and data, and few updates at a higher rate, which the targets' average
     # has to follow (the product of updates and tau is what tells how often the flow bootstraps on itself).

@@ -184,6 +184,7 @@ def check_flags(values: dict[str, Any], task) -> None:
 _AGENT_RANGES = (
     ('discount', lambda x: 0 < x < 1, 'a number between 0 and 1'),
     ('tau', lambda x: 0 < x <= 1, 'a number above 0, at most 1'),
+    ('actor_tau', lambda x: 0 < x <= 1, 'a number above 0, at most 1'),
     ('expectile', lambda x: 0.5 <= x < 1, 'a number from 0.5 up to, but not, 1'),
     ('lr', lambda x: x > 0, 'a positive number'),
     ('actor_lr', lambda x: x > 0, 'a positive number'),
