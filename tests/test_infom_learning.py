@@ -176,9 +176,8 @@ def test_fine_tuning_prefers_the_arm_that_leads_to_reward():
         'masks': np.ones(len(states) * length),
     }
     labelled['masks'] = labelled['masks'].astype(np.float32)
-    agents = training.create_agents(
-        InFOMAgent, SEEDS, datasets.example_batch(make_dataset(raw)), small_config(alpha=0.02, num_flow_steps=5)
-    )
+    config = small_config(alpha=0.02, num_flow_steps=5, actor_tau=0.05)  # An average as short as the training.
+    agents = training.create_agents(InFOMAgent, SEEDS, datasets.example_batch(make_dataset(raw)), config)
     agents = train(agents, SEEDS, make_dataset(raw), 'pretraining', 1000)
 
     def mode(agents):
