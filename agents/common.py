@@ -101,17 +101,6 @@ def copy_of(params):
     return jax.tree.map(jnp.copy, params)
 
 
-ACTING = 'acting_actor'  # Name, among the target networks, of the average of the actor that acts.
-
-
-def acting_actor(agent):
-    """Parameters of the actor that acts: the moving average of the trained one where the agent keeps it, else itself.
-
-    Every loss is of the trained actor; the average of its iterates (Polyak and Juditsky, 1992) varies less than they.
-    """
-    return agent.target_params.get(ACTING, agent.params['actor'])
-
-
 def target_update(params, target_params, tau: float):
     """Exponential moving average θ̄ ← τθ + (1−τ)θ̄ over the modules that have a target."""
     return {
@@ -132,17 +121,34 @@ def weight_decay(config, module: str) -> float:
     return config.get(f'{module}_weight_decay', 0.0)
 
 
+ACTING_ACTOR = 'acting_actor'  # Beside the Adam states: the average of the actor's parameters.
+
+
+def acting_actor(agent):
+    """The parameters that act: the moving average of the trained actor, which no loss sees. The average of the iterates
+    varies less than the last of them (Polyak and Juditsky, 1992)."""
+    return agent.opt_states[ACTING_ACTOR]
+
+
+def averaged_actor(actor, average, count, tau: float):
+    """The average after the `count`-th update of the actor: exponential with the rate `tau`, and as in Adam (arXiv
+    1412.6980, §3) without a share of what it started from."""
+    rate = -tau / jnp.expm1(count * jnp.log1p(-tau))
+    return jax.tree.map(lambda new, old: old + rate * (new - old), actor, average)
+
+
 def init_adam(params, config):
-    """One Adam state per module. Raises UserError for a weight decay below 0."""
+    """One Adam state per module, and the actor that acts. Raises UserError for a weight decay below 0."""
     for name in params:
         if f'{name}_weight_decay' in config:
             require_at_least(0, config, f'{name}_weight_decay')
-    return {name: optax.adam(learning_rate(config, name)).init(module) for name, module in params.items()}
+    states = {name: optax.adam(learning_rate(config, name)).init(module) for name, module in params.items()}
+    return states | {ACTING_ACTOR: copy_of(params['actor'])}
 
 
 def adam_step(agent, modules, loss_fn):
     """One Adam step of `agent` on the named modules only; all others, and their Adam states, stay exactly where they
-    are.
+    are. The actor that acts follows the trained one.
 
     `loss_fn(params) -> (loss, metrics)` takes the full dict of parameters. Returns (params, opt_states, metrics).
     With `joint_adam` all modules take the step: those without a gradient move on by their Adam state's momentum, as
@@ -160,6 +166,11 @@ def adam_step(agent, modules, loss_fn):
             shrinkage = learning_rate(agent.config, name) * decay
             updates = jax.tree.map(lambda update, param: update - shrinkage * param, updates, params[name])
         params[name] = optax.apply_updates(params[name], updates)
+    if 'actor' in modules:
+        count = opt_states['actor'][0].count
+        opt_states[ACTING_ACTOR] = averaged_actor(
+            params['actor'], opt_states[ACTING_ACTOR], count, agent.config.actor_tau
+        )
     return params, opt_states, metrics
 
 
@@ -271,9 +282,6 @@ def update_modules(agent, modules, loss_fn):
     params, opt_states, metrics = adam_step(agent, modules, loss_fn)
     moving = {name: target for name, target in agent.target_params.items() if name in modules}
     target_params = agent.target_params | target_update(params, moving, agent.config.tau)
-    if ACTING in target_params and 'actor' in modules:
-        acting = {ACTING: target_params[ACTING]}
-        target_params |= target_update({ACTING: params['actor']}, acting, agent.config.actor_tau)
     return agent.replace(params=params, opt_states=opt_states, target_params=target_params), metrics
 
 
@@ -281,5 +289,4 @@ def reset_targets(agent):
     """The agent with every target set to a copy of its online network; None for None."""
     if agent is None:
         return None
-    online = agent.params | {ACTING: agent.params.get('actor')}
-    return agent.replace(target_params=copy_of({name: online[name] for name in agent.target_params}))
+    return agent.replace(target_params=copy_of({name: agent.params[name] for name in agent.target_params}))

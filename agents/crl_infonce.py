@@ -138,7 +138,7 @@ class CRLInfoNCEAgent(flax.struct.PyTreeNode):
 
     def act(self, observations, key, temperature=1.0):
         """Actions (B, A) in [−1, 1]: the mode plus `temperature` times the policy's noise; 0 gives the mode."""
-        means, stds = self.networks.actor.apply({'params': self.params['actor']}, observations)
+        means, stds = self.networks.actor.apply({'params': common.acting_actor(self)}, observations)
         return jnp.clip(means + temperature * stds * jax.random.normal(key, means.shape), -1, 1)
 
     def _step(self, modules, loss_fn):
@@ -211,6 +211,7 @@ def get_config():
             agent_name='crl_infonce',
             lr=3e-4,  # Adam learning rate.
             actor_lr=ml_collections.config_dict.placeholder(float),  # The actor's own learning rate; None: lr.
+            actor_tau=0.001,  # Rate, per actor update, of the average of the actor that acts; 1: no average.
             joint_adam=False,  # One Adam over all modules, trained or not, as published.
             batch_size=256,
             actor_hidden_dims=(512, 512, 512, 512),

@@ -139,7 +139,8 @@ class DINOReBRACAgent(flax.struct.PyTreeNode):
 
     def act(self, observations, key, temperature=1.0):
         """Actions (B, A) in [−1, 1]: sampled with `temperature` times the policy's noise; 0 gives the mode."""
-        return rebrac.sample_actions(self, self.params, self.features(self.params, observations), key, temperature)
+        params = {'actor': common.acting_actor(self)}
+        return rebrac.sample_actions(self, params, self.features(self.params, observations), key, temperature)
 
     def _step(self, modules, loss_fn, averaged):
         """Adam on `modules`, then the moving average of the targets of `averaged`."""
@@ -216,6 +217,7 @@ def get_config():
             agent_name='dino_rebrac',
             lr=3e-4,  # Adam learning rate.
             actor_lr=ml_collections.config_dict.placeholder(float),  # The actor's own learning rate; None: lr.
+            actor_tau=0.001,  # Rate, per actor update, of the average of the actor that acts; 1: no average.
             joint_adam=False,  # One Adam over all modules, trained or not, as published.
             batch_size=256,
             encoder_hidden_dims=(512, 512, 512, 512),  # Of the encoder mlp; the last one is D.

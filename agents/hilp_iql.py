@@ -153,7 +153,7 @@ class HILPIQLAgent(flax.struct.PyTreeNode):
         """Actions (B, A) in [−1, 1] at the task's z: the mode plus `temperature` times the policy's noise; 0 gives the
         mode."""
         latents = common.task_latents(self, len(observations))
-        means, stds = self.networks.actor.apply({'params': self.params['actor']}, observations, latents)
+        means, stds = self.networks.actor.apply({'params': common.acting_actor(self)}, observations, latents)
         return jnp.clip(means + temperature * stds * jax.random.normal(key, means.shape), -1, 1)
 
     def _step(self, modules, loss_fn):
@@ -254,6 +254,7 @@ def get_config():
             agent_name='hilp_iql',
             lr=3e-4,  # Adam learning rate.
             actor_lr=ml_collections.config_dict.placeholder(float),  # The actor's own learning rate; None: lr.
+            actor_tau=0.001,  # Rate, per actor update, of the average of the actor that acts; 1: no average.
             joint_adam=False,  # One Adam over all modules, trained or not, as published.
             batch_size=256,
             actor_hidden_dims=(512, 512, 512, 512),

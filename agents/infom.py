@@ -334,11 +334,9 @@ class InFOMAgent(flax.struct.PyTreeNode):
         flow_bounds = None
         if config.clip_flow_goals:
             flow_bounds = clipping_bounds(example_batch['observation_min'], example_batch['observation_max'])
-        targets = {name: params[name] for name in ('vector_field', 'encoder') if name in params}
-        targets[common.ACTING] = params['actor']
         return cls(
             params=params,
-            target_params=common.copy_of(targets),
+            target_params=common.copy_of({k: params[k] for k in ('vector_field', 'encoder') if k in params}),
             opt_states=common.init_adam(params, config),
             flow_bounds=flow_bounds,
             representation=intentions.create(jax.random.fold_in(key, 1), example_batch, config),
@@ -367,6 +365,7 @@ def get_config():
             agent_name='infom',
             lr=3e-4,  # Adam learning rate.
             actor_lr=ml_collections.config_dict.placeholder(float),  # The actor's own learning rate; None: lr.
+            actor_tau=0.001,  # Rate, per actor update, of the average of the actor that acts; 1: no average.
             joint_adam=False,  # One Adam over all modules, trained or not, as published.
             batch_size=256,
             intention_encoder_hidden_dims=(512, 512, 512, 512),
@@ -381,7 +380,6 @@ def get_config():
             latent_dim=512,  # Z.
             discount=0.99,  # γ.
             tau=0.005,  # Rate of the target networks' moving average.
-            actor_tau=0.001,  # Rate, per actor update, of the average of the actor that acts; 1: no average.
             expectile=0.9,  # μ of the critic's expectile loss.
             future_intention_gradient=False,  # Let z learn from ℓ_fut as well as from ℓ_cur.
             kl_weight=0.01,  # λ; the KL term is a mean over Z.

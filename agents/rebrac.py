@@ -149,7 +149,7 @@ class ReBRACAgent(flax.struct.PyTreeNode):
 
     def act(self, observations, key, temperature=1.0):
         """Actions (B, A) in [−1, 1]: sampled with `temperature` times the policy's noise; 0 gives the mode."""
-        return sample_actions(self, self.params, observations, key, temperature)
+        return sample_actions(self, {'actor': common.acting_actor(self)}, observations, key, temperature)
 
     def _step(self, modules, loss_fn):
         params, opt_states, metrics = common.adam_step(self, modules, loss_fn)
@@ -211,6 +211,7 @@ def get_config():
             agent_name='rebrac',
             lr=3e-4,  # Adam learning rate.
             actor_lr=ml_collections.config_dict.placeholder(float),  # The actor's own learning rate; None: lr.
+            actor_tau=0.001,  # Rate, per actor update, of the average of the actor that acts; 1: no average.
             joint_adam=False,  # One Adam over all modules, trained or not, as published.
             batch_size=256,
             actor_hidden_dims=(512, 512, 512, 512),

@@ -7,7 +7,7 @@ from tests import tiny_agents
 from utils.errors import UserError
 
 COMMON_DEFAULTS = dict(
-    lr=3e-4, actor_lr=None, batch_size=256, discount=0.99, actor_freq=4, actor_layer_norm=False,
+    lr=3e-4, actor_lr=None, joint_adam=False, batch_size=256, discount=0.99, actor_freq=4, actor_layer_norm=False,
     const_std=True, value_layer_norm=True, actor_hidden_dims=(512,) * 4, value_hidden_dims=(512,) * 4,
 )  # fmt: skip
 REBRAC_DEFAULTS = dict(

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import agents
+from agents import common
 from tests import tiny, tiny_agents
 from utils import checkpoints, datasets, diagnostics, training
 from utils.errors import UserError
@@ -41,11 +42,7 @@ ROWS = {
     'infom': Row(
         pretrained={'vector_field', 'intention_encoder', 'actor'},
         finetuned={'vector_field', 'intention_encoder', 'critic', 'reward'},
-        targets={
-            'pretrain': {'vector_field', 'acting_actor'},
-            'finetune': {'vector_field'},
-            'finetune_actor': {'vector_field', 'acting_actor'},
-        },
+        targets={kind: {'vector_field'} for kind in UPDATES},
         image_modules={'encoder'},
     ),
     'iql': Row(
@@ -185,11 +182,13 @@ def check_update(name, kind, agent, batch, images):
 
     updated, metrics = update(agent, batch, KEY, kind)
     assert {m for m in agent.params if not equal(agent.params[m], updated.params[m])} == trained
-    assert {m for m in agent.params if not equal(agent.opt_states[m], updated.opt_states[m])} == trained
+    moved = trained | ({'acting_actor'} if 'actor' in trained else set())
+    assert {m for m in agent.opt_states if not equal(agent.opt_states[m], updated.opt_states[m])} == moved
 
+    tau = agent.config.get('tau')  # None where there is no target.
     for module, target in agent.target_params.items():
         if module in row.targets[kind] | extra:
-            online, tau = tiny_agents.online_of(updated)[module], tiny_agents.rate_of(agent, module)
+            online = updated.params[module]
             expected = jax.tree.map(
                 lambda new, old: tau * np.float64(new) + (1 - tau) * np.float64(old), online, target
             )
@@ -282,7 +281,7 @@ def test_begin_finetuning_copies_every_online_network(name):
     assert begun.target_params.keys() == agent.target_params.keys()
     for module, target in begun.target_params.items():
         assert not equal(target, agent.target_params[module])
-        assert equal(target, tiny_agents.online_of(begun)[module])
+        assert equal(target, begun.params[module])
     assert jax.tree.structure(begun) == jax.tree.structure(agent)
     assert_no_shared_buffers(begun)
 
@@ -292,9 +291,44 @@ def test_a_fresh_agent_shares_no_buffers(name):
     example = datasets.example_batch(dataset('pretraining'))
     agent = agents.load(name).AGENT.create(KEY, example, tiny_agents.make_config(name, const_std=False))
     assert_no_shared_buffers(agent)
-    assert equal(agent.target_params, tiny_agents.online_of(agent))
-    assert agent.opt_states.keys() == agent.params.keys()
+    for module, target in agent.target_params.items():
+        assert equal(target, agent.params[module])
+    assert agent.opt_states.keys() == agent.params.keys() | {'acting_actor'}
+    assert equal(agent.opt_states['acting_actor'], agent.params['actor'])
     assert 'log_std' in agent.params['actor']
+
+
+# -------------------------------------------------------------------------------------------------- the actor that acts
+
+
+def test_the_actor_that_acts_is_the_average_of_the_trained_one(name):
+    """After k updates of the actor at rate τ: Σ_i τ·(1−τ)^(k−i)·actor_i over the sum of these weights; updates of other
+    modules do not move it, and actions are its own."""
+    agent, batch = state_case(name)
+    agent = tiny_agents.with_config(agent, actor_tau=0.25, actor_lr=1e-2)
+    actors = []
+    for kind in ('finetune_actor', 'finetune', 'finetune_actor', 'finetune_actor'):
+        agent, _ = update(agent, batch, KEY, kind)
+        if kind == 'finetune_actor':
+            actors.append(agent.params['actor'])
+        weights = 0.75 ** np.arange(len(actors))[::-1]
+        expected = jax.tree.map(lambda *x: np.average(np.float64(x), axis=0, weights=weights), *actors)
+        assert_close(agent.opt_states['acting_actor'], expected, rtol=1e-5, atol=1e-7)
+
+    def modes(agent):
+        return act(agent, batch['observations'], KEY, 0.0)
+
+    trained, average = agent.params['actor'], agent.opt_states['acting_actor']
+    np.testing.assert_array_equal(modes(agent), modes(agent.replace(params=agent.params | {'actor': average})))
+    assert not np.array_equal(
+        modes(agent), modes(agent.replace(opt_states=agent.opt_states | {'acting_actor': trained}))
+    )
+
+
+@pytest.mark.parametrize('count', [1, 2, 100_000])
+def test_without_averaging_the_trained_actor_acts(count):
+    new, old = ({'kernel': value * jnp.ones(3)} for value in (2.0, -1.0))
+    np.testing.assert_array_equal(common.averaged_actor(new, old, jnp.int32(count), tau=1.0)['kernel'], 2.0)
 
 
 # ------------------------------------------------------------------------------------------------------ chunks of it
@@ -329,7 +363,6 @@ def without_null_directions(*agents):
     """
 
     def clear(name, params):
-        name = 'actor' if name == 'acting_actor' else name
         if name not in agents[0].opt_states:
             return params
         second_moments = agents[0].opt_states[name][0].nu

@@ -19,7 +19,7 @@ from utils import training
 SEEDS = [0, 1]
 DISCOUNT = 0.9
 NUM_EPISODES, EPISODE_LENGTH = 300, 10
-SIZES = dict(discount=DISCOUNT, batch_size=128, lr=1e-3, tau=0.02, actor_freq=2)
+SIZES = dict(actor_tau=0.05, discount=DISCOUNT, batch_size=128, lr=1e-3, tau=0.02, actor_freq=2)
 AGENTS = {'iql': dict(alpha=3.0, expectile=0.95), 'rebrac': dict(alpha_actor=0.02, alpha_critic=0.0, actor_noise=0.05)}
 
 

@@ -84,7 +84,7 @@ def test_values_that_no_policy_can_have_are_reported(offset, outside, excess):
 def test_a_policy_off_the_data_is_reported():
     """The policy that acts: the average of the trained actor."""
     acting = jax.tree.map(jnp.zeros_like, infom().params['actor'])
-    metrics = diagnose(infom().replace(target_params={**infom().target_params, 'acting_actor': acting}))
+    metrics = diagnose(infom().replace(opt_states={**infom().opt_states, 'acting_actor': acting}))
     np.testing.assert_allclose(metrics['actor_mse'], (BATCH['actions'] ** 2).mean(), rtol=1e-5)
 
 

@@ -147,7 +147,8 @@ def test_the_representation_learns_beside_in_both_phases(name, agent_class, trai
         assert all(jnp.isfinite(value) for value in values.values())
     begun = agent.begin_finetuning(batch, KEY)
     for owner in (begun, begun.representation):
-        jax.tree.map(np.testing.assert_array_equal, owner.target_params, tiny_agents.online_of(owner))
+        online = {module: owner.params[module] for module in owner.target_params}
+        jax.tree.map(np.testing.assert_array_equal, owner.target_params, online)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from agents.infom import InFOMAgent, get_config
-from tests import tiny, tiny_agents
+from tests import tiny
 from utils.errors import UserError
 
 KEY = jax.random.key(3)
@@ -146,19 +146,18 @@ def test_an_update_moves_the_listed_modules_and_no_others(case, encoder, method,
     weights."""
     agent, batch = case()
     updated, metrics = tiny.compiled(method, **options)(agent, batch, KEY)
-    assert changed_modules(agent, updated) == (trained | encoder, trained | encoder)
+    acting = {'acting_actor'} & {f'acting_{module}' for module in trained}
+    assert changed_modules(agent, updated) == (trained | encoder, trained | encoder | acting)
     assert all(jnp.isfinite(value) for value in metrics.values())
-    for name, state in updated.opt_states.items():
-        assert state[0].count == (name in trained | encoder)
+    for name in updated.params:
+        assert updated.opt_states[name][0].count == (name in trained | encoder)
 
-    assert updated.target_params.keys() == {'vector_field', 'acting_actor'} | encoder
+    tau = agent.config.tau
+    assert updated.target_params.keys() == {'vector_field'} | encoder
     for name, target in updated.target_params.items():
-        tau = tiny_agents.rate_of(agent, name)
-        if name == 'acting_actor' and 'actor' not in trained:
-            tau = 0.0
         expected = jax.tree.map(
             lambda online, old: tau * np.float64(online) + (1 - tau) * np.float64(old),
-            tiny_agents.online_of(updated)[name],
+            updated.params[name],
             agent.target_params[name],
         )
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7), target, expected)
@@ -191,8 +190,9 @@ def test_begin_finetuning_copies_online_to_target():
     agent, batch = image_case()
     assert not equal(agent.params['encoder'], agent.target_params['encoder'])
     begun = tiny.compiled('begin_finetuning')(agent, batch, KEY)
-    assert begun.target_params.keys() == {'vector_field', 'encoder', 'acting_actor'}
-    assert equal(begun.target_params, tiny_agents.online_of(agent))
+    assert begun.target_params.keys() == {'vector_field', 'encoder'}
+    for name, target in begun.target_params.items():
+        assert equal(target, agent.params[name])
     assert equal(begun.params, agent.params) and equal(begun.opt_states, agent.opt_states)
     assert_no_shared_buffers(begun)
 
@@ -208,9 +208,10 @@ def test_a_fresh_agent_has_targets_of_its_own(batch, overrides):
     example = {**batch, 'observation_min': tiny.OBSERVED_RANGE[0], 'observation_max': tiny.OBSERVED_RANGE[1]}
     config = tiny.make_config(const_std=False, **overrides)
     agent = jax.jit(lambda key: InFOMAgent.create(key, example, config))(KEY)
-    assert equal(agent.target_params, tiny_agents.online_of(agent))
+    for name, target in agent.target_params.items():
+        assert equal(target, agent.params[name])
     assert_no_shared_buffers(agent)
-    assert agent.opt_states.keys() == agent.params.keys()
+    assert agent.opt_states.keys() == agent.params.keys() | {'acting_actor'}
     if config.encoder is None:  # Op by op, too: what `jit` keeps apart must not depend on it.
         assert_no_shared_buffers(InFOMAgent.create(KEY, example, config))
         assert_no_shared_buffers(InFOMAgent.create(KEY, example, config).begin_finetuning(batch, KEY))
@@ -243,7 +244,7 @@ def test_methods_are_pure_and_donate_cleanly(method, options):
 def test_act():
     agent, batch = state_case()
     act = tiny.compiled('act')
-    means, stds = agent.networks.actor.apply({'params': agent.target_params['acting_actor']}, batch['observations'])
+    means, stds = agent.networks.actor.apply({'params': agent.params['actor']}, batch['observations'])
     mode = act(agent, batch['observations'], KEY, 0.0)
     np.testing.assert_allclose(mode, jnp.clip(means, -1, 1), atol=1e-6)
     noisy = act(agent, batch['observations'], KEY, 0.1)
@@ -251,24 +252,6 @@ def test_act():
     np.testing.assert_allclose(noisy, jnp.clip(means + 0.1 * stds * noise, -1, 1), atol=1e-6)
     wild = act(agent, 100 * batch['observations'], KEY, 100.0)
     assert jnp.abs(wild).max() == 1
-
-
-def test_the_actor_that_acts_is_the_average_of_the_trained_one():
-    """After k actor updates from the switch at rate ρ: (1−ρ)^k of the clone and ρ·(1−ρ)^(k−i) of each later actor."""
-    agent, batch = state_case()
-    agent = tiny.with_config(agent, actor_tau=0.25, actor_lr=1e-2)
-    agent = tiny.compiled('begin_finetuning')(agent, batch, KEY)
-    kernel = lambda params: np.float64(params['mean']['kernel'])  # noqa: E731
-    actors = [kernel(agent.params['actor'])]
-    for i in range(3):
-        for update_actor in (False, True):
-            agent, _ = tiny.compiled('finetune', update_actor=update_actor)(agent, batch, jax.random.key(i))
-        actors.append(kernel(agent.params['actor']))
-    expected = 0.75**3 * actors[0] + 0.25 * (0.75**2 * actors[1] + 0.75 * actors[2] + actors[3])
-    np.testing.assert_allclose(kernel(agent.target_params['acting_actor']), expected, rtol=1e-5, atol=1e-7)
-    assert np.abs(expected - actors[3]).max() > 1e-3
-    agent, _ = tiny.compiled('finetune', update_actor=True)(tiny.with_config(agent, actor_tau=1.0), batch, KEY)
-    assert equal(agent.target_params['acting_actor'], agent.params['actor'])
 
 
 def test_actions_of_images():

@@ -80,12 +80,10 @@ def make_agent(batch, seed=0, **overrides):
 
 
 def off_initial(agent):
-    """The agent with noise on parameters and targets."""
-    acting = {name: agent.target_params[name] for name in ('acting_actor',) if name in agent.target_params}
-    targets = {name: target for name, target in agent.target_params.items() if name not in acting}
-    return agent.replace(
-        params=perturb(agent.params, 1, 0.1), target_params=perturb(targets, 2, 0.1) | perturb(acting, 3, 0.1)
-    )
+    """The agent with noise on parameters and targets; the actor that acts is a copy of the trained one."""
+    params, targets = perturb(agent.params, 1, 0.1), perturb(agent.target_params, 2, 0.1)
+    acting = {'acting_actor': jax.tree.map(jnp.copy, params['actor'])}
+    return agent.replace(params=params, target_params=targets, opt_states=agent.opt_states | acting)
 
 
 def with_config(agent, **overrides):

@@ -15,6 +15,7 @@ TINY = dict(
     batch_size=tiny.BATCH_SIZE,
     discount=0.9,
     actor_freq=2,
+    actor_tau=0.1,  # An average as short as the tests.
     latent_dim=4,
     num_flow_goals=2,
     num_flow_steps=2,
@@ -68,14 +69,3 @@ def with_config(agent, **overrides):
 def compiled(function, **options):
     """A function of an agent as a compiled one, shared by the tests: compiling takes longest."""
     return jax.jit(functools.partial(function, **options))
-
-
-def online_of(agent):
-    """{target network: the parameters that it follows}."""
-    online = agent.params | {'acting_actor': agent.params.get('actor')}
-    return {module: online[module] for module in agent.target_params}
-
-
-def rate_of(agent, target):
-    """The rate at which a target network follows; None for an agent that has none."""
-    return agent.config.actor_tau if target == 'acting_actor' else agent.config.get('tau')

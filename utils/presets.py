@@ -101,9 +101,9 @@ PRESETS = {
     # The paper's sizes with what the published code does otherwise (docs/deviations.md), as far as it can be chosen.
     'published': Preset(
         flags={'obs_norm_per_split': True, 'next_actions_across_episodes': True},
-        agent={'joint_adam': True},
+        agent={'joint_adam': True, 'actor_tau': 1.0},
         image_agent={},
-        defaults={'infom': {'value_layer_norm': False, 'actor_tau': 1.0}},
+        defaults={'infom': {'value_layer_norm': False}},
     ),
     # Minutes on a laptop's CPU: small networks and data, and few updates at a higher rate, which the targets' average
     # has to follow (the product of updates and tau is what tells how often the flow bootstraps on itself).
