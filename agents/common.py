@@ -134,7 +134,7 @@ def averaged_actor(actor, average, count, tau: float):
     """The average after the `count`-th update of the actor: exponential with the rate `tau`, and as in Adam (arXiv
     1412.6980, §3) without a share of what it started from."""
     rate = -tau / jnp.expm1(count * jnp.log1p(-tau))
-    return jax.tree.map(lambda new, old: old + rate * (new - old), actor, average)
+    return jax.tree.map(lambda new, old: rate * new + (1 - rate) * old, actor, average)
 
 
 def init_adam(params, config):
