@@ -9,6 +9,7 @@ Intentions of other origins, for ablations, are in `agents/intentions.py`.
 Shapes: B batch, N flow samples per row, S state features (or image features), A action dimensions, Z latent dimensions.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax
@@ -91,7 +92,7 @@ class InFOMAgent(flax.struct.PyTreeNode):
             return intentions.infer(self.representation, batch), jnp.zeros(())
         latents, means, log_stds = self.infer_intentions(params, batch, key)
         # Mean over latent dimensions, so that the effective weight of the KL term is λ / Z.
-        return latents, -0.5 * jnp.mean(1 + 2 * log_stds - means**2 - jnp.exp(2 * log_stds))
+        return latents, -0.5 * jnp.mean(1 + 2 * log_stds - means**2 - jnp.exp(2 * log_stds), axis=-1).mean()
 
     def critic_intentions(self, params, batch, key):
         """z (B, Z) of the critic's targets: of the prior, of the transitions or, for `aggregate`, of other ones."""
@@ -134,13 +135,12 @@ class InFOMAgent(flax.struct.PyTreeNode):
         current_x = times * observations + (1 - times) * noise
         current_target = states - noise
 
-        # Future term: x̂ by the target field from ε' at (s', a', z); with the same t, regress on the target field's
-        # velocity.
+        # Future term: x̂ by the target field from ε' at (s', a', z); with the same t, onto its velocity.
         next_noise = jax.random.normal(next_noise_key, states.shape)
         next_condition = self.condition(
             self.target_params, next_states, batch['next_actions'], lax.stop_gradient(latents)
         )
-        futures = self.sample_futures(self.target_params, next_noise, next_condition)
+        futures = map_rows(partial(self.sample_futures, self.target_params), next_noise, next_condition)
         future_x = times * futures + (1 - times) * next_noise
         future_target = self.velocity(self.target_params, future_x, times, next_condition)
 
@@ -270,7 +270,7 @@ class InFOMAgent(flax.struct.PyTreeNode):
 
     def _step(self, modules, loss_fn, batch, key):
         agent, metrics = common.update_modules(self, modules, loss_fn)
-        # Apart from the rest: no gradient passes between the representation and the occupancy model.
+        # Apart: no gradient passes between the representation and the occupancy model.
         representation, more = intentions.update(self.representation, batch, jax.random.fold_in(key, 1))
         return agent.replace(representation=representation), metrics | more
 

@@ -118,12 +118,13 @@ def test_clipping_bounds_leave_constant_features_alone():
     assert jnp.all(clipped[:, 0] < 3) and jnp.all(clipped[:, 0] > -2)
 
 
-@pytest.mark.parametrize('samples_per_row', [3, 5, 40])
-def test_mapping_rows_in_blocks_is_mapping_them_at_once(samples_per_row, monkeypatch):
-    """13 rows: in blocks that do not divide them, and one row at a time where a row fills a block by itself."""
+@pytest.mark.parametrize('rows, samples_per_row', [(13, 3), (13, 5), (12, 1), (13, 40), (1, 3)])
+def test_mapping_rows_in_blocks_is_mapping_them_at_once(rows, samples_per_row, monkeypatch):
+    """In blocks that do not divide the rows, all in one block, one row at a time where a row fills a block by itself,
+    and a row that has no halves."""
     monkeypatch.setattr(flows, 'CPU_BLOCK', 20)
-    noise = jax.random.normal(jax.random.key(0), (13, samples_per_row, 4))
-    condition = jax.random.normal(jax.random.key(1), (13, 4))
+    noise = jax.random.normal(jax.random.key(0), (rows, samples_per_row, 4))
+    condition = jax.random.normal(jax.random.key(1), (rows, 4))
 
     def function(noise, condition):
         return jnp.tanh(noise * condition).sum(axis=-1)

@@ -1,13 +1,15 @@
 """Shapes, initial ranges and clipping of the modules in `utils/networks.py`; what they compute is compared with NumPy
 in `test_infom_losses.py`."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
 
-from utils.networks import MLP, GaussianActor, IntentionEncoder, ScalarHead, gaussian_log_prob
+from utils import networks
+from utils.networks import MLP, GaussianActor, IntentionEncoder, LayerNorm, ScalarHead, gaussian_log_prob
 
 KEY = jax.random.key(0)
 
@@ -31,6 +33,37 @@ def test_mlp_applies_gelu_then_norm_and_ends_in_a_plain_dense():
     # The norm comes last: hidden features have mean 0 and variance 1 over the layer.
     np.testing.assert_allclose(features.mean(-1), 0, atol=1e-5)
     np.testing.assert_allclose(features.var(-1), 1, atol=1e-3)
+
+
+def test_layer_norm_and_its_gradients_are_flax_s():
+    """Parameters of the one are the other's; off-centre inputs, so that mean and variance both matter."""
+    x = 3 * jax.random.normal(KEY, (2, 5, 16)) + jnp.linspace(-2, 4, 16)
+    weights = jnp.sin(jnp.arange(x.size)).reshape(x.shape)
+    params = {'scale': jnp.linspace(0.5, 2, 16), 'bias': jnp.linspace(-1, 1, 16)}
+    theirs = nn.LayerNorm(epsilon=networks.LAYER_NORM_EPSILON)
+    assert jax.tree.map(jnp.shape, theirs.init(KEY, x)) == jax.tree.map(jnp.shape, LayerNorm().init(KEY, x))
+
+    def value_and_gradients(module):
+        return jax.value_and_grad(lambda p, x: (module.apply({'params': p}, x) * weights).sum(), (0, 1))(params, x)
+
+    (value, gradients), (expected, expected_gradients) = value_and_gradients(LayerNorm()), value_and_gradients(theirs)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    jax.tree.map(lambda g, e: np.testing.assert_allclose(g, e, rtol=1e-4, atol=1e-5), gradients, expected_gradients)
+
+
+@pytest.mark.parametrize('avx512', [False, True])
+def test_gradients_of_a_product_are_the_same_on_every_processor(avx512, monkeypatch):
+    monkeypatch.setattr(networks, 'has_avx512', lambda: avx512)
+    x, kernel = jax.random.normal(KEY, (2, 5, 4)), jax.random.normal(jax.random.key(1), (4, 3))
+
+    def gradients(product):
+        return jax.grad(lambda x, kernel: jnp.sin(product(x, kernel)).sum(), (0, 1))(x, kernel)
+
+    jax.tree.map(
+        lambda g, e: np.testing.assert_allclose(g, e, rtol=1e-5, atol=1e-6),
+        gradients(networks.matmul),
+        gradients(jnp.matmul),
+    )
 
 
 def test_kernels_are_glorot_uniform_and_biases_zero():

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from utils import datasets, devices, diagnostics
+from utils import datasets, devices, diagnostics, processor
 
 # Streams of randomness; a seed's key of phase p at step t is fold_in(fold_in(key(seed), p), t), so a resumed run needs
 # only the step.
@@ -178,7 +178,9 @@ def compile_chunk(agents, source, keys, *, phase: str, n: int):
     """Compiles `train_chunk` ahead of time; returns (function of (agents, source, keys, start), seconds)."""
     began = time.perf_counter()
     with devices.tracing(devices.mesh_of(agents)):
-        compiled = train_chunk.lower(agents, source, keys, np.int32(0), phase=phase, n=n).compile()
+        lowered = train_chunk.lower(agents, source, keys, np.int32(0), phase=phase, n=n)
+        options = processor.compiler_options() if jax.default_backend() == 'cpu' else None
+        compiled = lowered.compile(compiler_options=options)
     return compiled, time.perf_counter() - began
 
 
