@@ -30,10 +30,11 @@ def make_experiment(phases=('pretraining', 'finetuning')):
         envs.rendering.require_backend()  # Now, not after hours of pre-training.
     # After the flags are checked: these bring JAX in, which takes seconds.
     from envs import custom, data
-    from utils.evaluation import Evaluator, record_video
+    from utils.evaluation import ENVIRONMENTS_PER_WORKER, Evaluator, record_video
     from utils.experiment import Experiment
 
     workers = config.eval_workers or len(os.sched_getaffinity(0))
+    places = 1 if task.visual else ENVIRONMENTS_PER_WORKER
     if config.dataset is None:
         make_env = functools.partial(envs.make_env, config.env_name, config.seed, frame_stack=config.frame_stack)
         load_raw = functools.partial(data.load_raw, config.env_name, dataset_dir=config.dataset_dir)
@@ -47,7 +48,7 @@ def make_experiment(phases=('pretraining', 'finetuning')):
         config,
         task,
         load_raw=lambda phase, split, size: load_raw(phase, split, max_transitions=size),
-        make_evaluator=(lambda: Evaluator(make_env, workers)) if config.eval_episodes else None,
+        make_evaluator=(lambda: Evaluator(make_env, workers, places)) if config.eval_episodes else None,
         record_video=lambda policy, path: record_video(
             make_rendering_env,
             policy,

@@ -2,10 +2,11 @@
 
     python -m benchmarks.evaluation [--env_name=…] [--episodes=50] [--workers=2,4] [--repeats=3]
 
-The policy is a fresh InFOM agent's of the preset's size, in float32 on the default device. All take turns (one after
-the other, 2 workers, …) after a first evaluation each, which starts the environments and is reported apart: a run keeps
-them for the next one. Prints a Markdown table and, as the last line, one JSON object; a share is the median over turns
-of the time with workers over the time without. The results must be the same, or it fails.
+The policy is a fresh InFOM agent's of the preset's size, in float32 on the default device; each worker has as many
+environments as in a run. All take turns (one after the other, 2 workers, …) after a first evaluation each, which starts
+the environments and is reported apart: a run keeps them for the next one. Prints a Markdown table and, as the last
+line, one JSON object; a share is the median over turns of the time with workers over the time without. The results must
+be the same, or it fails.
 """
 
 import functools
@@ -19,7 +20,7 @@ from absl import flags
 
 import envs
 from utils import cli, presets
-from utils.evaluation import Evaluator
+from utils.evaluation import ENVIRONMENTS_PER_WORKER, Evaluator
 
 FLAGS = flags.FLAGS
 
@@ -40,7 +41,10 @@ def make_policy(env_name: str, preset: str):
 def compare(make_env, policy, worker_counts, episodes: int, repeats: int):
     """{workers: (seconds of the first evaluation, [seconds of each turn])}; raises RuntimeError where results
     differ."""
-    evaluators = {workers: Evaluator(make_env, workers) for workers in worker_counts}
+    evaluators = {
+        workers: Evaluator(make_env, workers, ENVIRONMENTS_PER_WORKER if workers > 1 else 1)
+        for workers in worker_counts
+    }
     times: dict[int, list[float]] = {workers: [] for workers in worker_counts}
     results = []
     try:

@@ -110,7 +110,7 @@ def evaluate(evaluator, act=policy, num_episodes=EPISODES, **kwargs):
 @pytest.fixture(scope='module')
 def three_workers():
     """An evaluator that the tests share, and its results. Tests that end it come last of all: they make their own."""
-    with Evaluator(make_tiny, 3) as evaluator:
+    with Evaluator(make_tiny, 3, environments_per_worker=2) as evaluator:
         yield evaluator, evaluate(evaluator)
 
 
@@ -138,9 +138,9 @@ def test_results_are_those_of_the_closed_form_for_every_seed(three_workers):
         assert result == pytest.approx(expected(seed, gain), rel=1e-6)
 
 
-@pytest.mark.parametrize('num_workers', [0, 1, 2])
-def test_results_do_not_depend_on_the_number_of_workers(three_workers, num_workers):
-    with Evaluator(make_tiny, num_workers) as evaluator:
+@pytest.mark.parametrize('num_workers, environments', [(0, 1), (1, 3), (2, 1), (2, 5)])
+def test_results_do_not_depend_on_the_number_of_workers(three_workers, num_workers, environments):
+    with Evaluator(make_tiny, num_workers, environments) as evaluator:
         assert evaluate(evaluator) == three_workers[1]
 
 
@@ -166,7 +166,7 @@ def test_workers_are_reused_and_every_evaluation_has_the_same_episodes(three_wor
     assert {child.pid for child in multiprocessing.active_children()} == before
 
 
-def test_the_policy_always_sees_one_row_for_each_worker(three_workers):
+def test_the_policy_always_sees_one_row_for_each_environment(three_workers):
     shapes = set()
 
     def act(observations):
@@ -174,7 +174,7 @@ def test_the_policy_always_sees_one_row_for_each_worker(three_workers):
         return policy(observations)
 
     evaluate(three_workers[0], act)
-    assert shapes == {(3, 2)}
+    assert shapes == {(6, 2)}
 
 
 def test_fewer_episodes_than_workers(three_workers):

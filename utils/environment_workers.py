@@ -1,4 +1,4 @@
-"""Environments to run episodes in, one in a process of its own or in this one, behind the same small interface.
+"""Environments to run episodes in, some in a process of their own or in this one, behind the same small interface.
 
 Which episodes, with which actions, is evaluation.py's business. Neither a simulator nor jax is imported here: a worker
 process imports this file and whatever its `make_env` needs, nothing else.
@@ -11,7 +11,7 @@ import signal
 import sys
 import traceback
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,29 +49,63 @@ def _array(observation: Any) -> np.ndarray:
     return observation if observation.dtype == np.uint8 else observation.astype(np.float32)
 
 
-class LocalWorker:
-    """The interface of `ProcessWorker` for an environment in this process; its errors are raised as they are."""
+class Episodes:
+    """Environments that one worker steps one after the other; each is made when it is first reset."""
 
     def __init__(self, make_env: Callable[[], Any]):
-        self._episode = Episode(make_env())
-        self.action_size = int(np.prod(self._episode.env.action_space.shape))
+        self._make_env = make_env
+        self._episodes: dict[int, Episode] = {}
+        self.add(0)
 
-    def ask(self, command: str, value: Any) -> None:
-        self._question = command, value
+    def add(self, number: int) -> Episode:
+        if number not in self._episodes:
+            self._episodes[number] = Episode(self._make_env())
+        return self._episodes[number]
 
-    def answer(self) -> tuple[np.ndarray, dict[str, float] | None]:
-        return _answer(self._episode, *self._question)
+    @property
+    def action_size(self) -> int:
+        return int(np.prod(self._episodes[0].env.action_space.shape))
+
+    def answer(self, requests: Sequence[tuple[int, str, Any]]) -> list[tuple[int, np.ndarray, dict | None]]:
+        """(number, 'reset', seed) or (number, 'step', action) of each environment → (number, observation, outcome)."""
+        answers = []
+        for number, command, value in requests:
+            episode = self.add(number)
+            observation, outcome = (episode.reset(value), None) if command == 'reset' else episode.step(value)
+            answers.append((number, observation, outcome))
+        return answers
+
+    def close(self) -> None:
+        for episode in self._episodes.values():
+            episode.env.close()
+
+
+class LocalWorker:
+    """The interface of `ProcessWorker` for environments in this process; their errors are raised as they are."""
+
+    def __init__(self, make_env: Callable[[], Any]):
+        self._episodes = Episodes(make_env)
+        self.action_size = self._episodes.action_size
+
+    def ask(self, requests: Sequence[tuple[int, str, Any]]) -> None:
+        self._requests = requests
+
+    def answer(self) -> list[tuple[int, np.ndarray, dict | None]]:
+        return self._episodes.answer(self._requests)
+
+    def close(self) -> None:
+        self._episodes.close()
 
     def join(self) -> None:
-        self._episode.env.close()
+        pass
 
     def kill(self) -> None:
-        with contextlib.suppress(Exception):  # it has just failed: closing is a courtesy
-            self._episode.env.close()
+        with contextlib.suppress(Exception):  # one has just failed: closing is a courtesy
+            self.close()
 
 
 class ProcessWorker:
-    """A process with an environment, asked and answering over a pipe."""
+    """A process with environments (`Episodes`), asked and answering over a pipe."""
 
     def __init__(self, make_env: Callable[[], Any], number: int, reply_timeout: float):
         context = multiprocessing.get_context('spawn')  # forking a process that runs jax's threads can deadlock it
@@ -87,12 +121,15 @@ class ProcessWorker:
         if self.action_size is None:
             self.action_size = self._receive(START_TIMEOUT)
 
-    def ask(self, command: str, value: Any) -> None:
+    def ask(self, requests: Sequence[tuple[int, str, Any]]) -> None:
         with contextlib.suppress(OSError):  # a dead worker is noticed, and explained, when it owes an answer
-            self._pipe.send((command, value))
+            self._pipe.send(requests)
 
-    def answer(self) -> tuple[np.ndarray, dict[str, float] | None]:
+    def answer(self) -> list[tuple[int, np.ndarray, dict | None]]:
         return self._receive(self._reply_timeout)
+
+    def close(self) -> None:
+        self.ask([])
 
     def join(self) -> None:
         self._process.join(timeout=5)
@@ -104,7 +141,7 @@ class ProcessWorker:
         self._pipe.close()
 
     def _receive(self, timeout: float) -> Any:
-        advice = 'Try fewer --eval_workers (each holds a simulator: memory may have run out).'
+        advice = 'Try fewer --eval_workers (each holds simulators: memory may have run out).'
         if not self._pipe.poll(timeout):
             raise UserError(f'{self._name} has not answered for {timeout:g} seconds and was stopped. {advice}')
         try:
@@ -121,20 +158,16 @@ class ProcessWorker:
 
 
 def _serve(pipe, make_env: Callable[[], Any]) -> None:
-    """The life of a worker process: says that it is ready, then answers until it is told to close or its owner dies."""
+    """The life of a worker process: says that it is ready, then answers until nothing is asked or its owner dies."""
     # Ctrl-C and the SIGTERM of a job scheduler reach the whole process group, but it is for the owner to end things.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    env = None
+    episodes = None
     try:
-        env = make_env()
-        episode = Episode(env)
-        pipe.send(('ready', int(np.prod(env.action_space.shape))))
-        while True:
-            command, value = pipe.recv()
-            if command == 'close':
-                break
-            pipe.send(('answer', _answer(episode, command, value)))
+        episodes = Episodes(make_env)
+        pipe.send(('ready', episodes.action_size))
+        while requests := pipe.recv():
+            pipe.send(('answer', episodes.answer(requests)))
     except UserError as error:
         _tell(pipe, 'user error', str(error))
     except (EOFError, ConnectionError):
@@ -142,17 +175,13 @@ def _serve(pipe, make_env: Callable[[], Any]) -> None:
     except Exception:
         _tell(pipe, 'error', traceback.format_exc())
     finally:
-        if env is not None:
-            env.close()
+        if episodes is not None:
+            episodes.close()
 
 
 def _tell(pipe, kind: str, message: str) -> None:
     with contextlib.suppress(OSError):
         pipe.send((kind, message))
-
-
-def _answer(episode: Episode, command: str, value: Any) -> tuple[np.ndarray, dict[str, float] | None]:
-    return (episode.reset(value), None) if command == 'reset' else episode.step(value)
 
 
 @contextlib.contextmanager

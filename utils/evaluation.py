@@ -21,7 +21,8 @@ from utils.runs import atomic_path
 
 logger = logging.getLogger(__name__)
 
-REPLY_TIMEOUT = 300.0  # seconds for one reset or step; simulators take milliseconds, so this is a hung one
+ENVIRONMENTS_PER_WORKER = 4
+REPLY_TIMEOUT = 300.0  # seconds for a few resets or steps; simulators take milliseconds, so this is a hung one
 
 # Second word of the seeds below, so that no environment's stream coincides with another use of the run's seed.
 _RESET_STREAM, _RANDOM_ACTION_STREAM = 977, 978
@@ -30,7 +31,8 @@ _RESET_STREAM, _RANDOM_ACTION_STREAM = 977, 978
 class Evaluator:
     """Runs evaluation episodes, many at a time, and keeps its environments for the next evaluation.
 
-    Each worker process holds one environment; with `num_workers <= 1` there is one environment in this process.
+    Each worker process holds a few environments, so that a call of the policy serves many steps; with
+    `num_workers <= 1` they are in this process.
     Workers start at the first evaluation and stop at `close` (or at exit, or when this process is killed).
     Why not `gymnasium.vector`: there, an environment that has no episode left is stepped all the same, all wait while
     one resets, the training process builds an environment too, and every worker imports the main script, hence jax.
@@ -38,12 +40,21 @@ class Evaluator:
     Args:
         make_env: picklable and importable, e.g. `functools.partial(envs.make_env, name)`. Returns a `gymnasium.Env`
             with box observations, box actions in [-1, 1], and optionally `success` (0 or 1) in the last step's info.
-        num_workers: number of environments stepped in parallel.
+        num_workers: number of processes that step environments in parallel.
+        environments_per_worker: environments that each of them steps in turn. One takes memory, and an image task's
+            frames take so long that nothing is to be gained.
         reply_timeout: seconds after which a worker that does not answer is given up.
     """
 
-    def __init__(self, make_env: Callable[[], Any], num_workers: int, reply_timeout: float = REPLY_TIMEOUT):
+    def __init__(
+        self,
+        make_env: Callable[[], Any],
+        num_workers: int,
+        environments_per_worker: int = ENVIRONMENTS_PER_WORKER,
+        reply_timeout: float = REPLY_TIMEOUT,
+    ):
         self._make_env = make_env
+        self._environments_per_worker = environments_per_worker
         self._num_workers = max(1, int(num_workers))
         self._reply_timeout = reply_timeout
         self._workers: list[ProcessWorker] | list[LocalWorker] = []
@@ -63,8 +74,8 @@ class Evaluator:
         evaluation, whatever the number of workers and whatever training has done to its own random numbers.
 
         Args:
-            policy: observations (W, ...) of the W environments, float32 (uint8 for images) -> actions (S, W, a) of all
-                S seeds' policies. Rows of environments between two episodes hold an old observation.
+            policy: observations (W, ...) of W environments, float32 (uint8 for images) -> actions (S, W, a) of all S
+                seeds' policies. Rows of environments between two episodes hold an old observation.
             num_seeds: S.
             seeds: the S seeds of the run, non-negative.
             num_episodes: episodes per seed.
@@ -106,7 +117,7 @@ class Evaluator:
         """Stops the workers. The next evaluation would start new ones."""
         workers, self._workers = self._workers, []
         for worker in workers:
-            worker.ask('close', None)
+            worker.close()
         for worker in workers:
             worker.join()
         atexit.unregister(self.close)
@@ -124,7 +135,7 @@ class Evaluator:
         title: str,
         should_stop: Callable[[], bool] | None = None,
     ) -> list[dict[str, float]] | None:
-        """One episode per reset seed; `act` gets the observations and, per worker, the number of its episode."""
+        """One episode per reset seed; `act` gets the observations and, per environment, the number of its episode."""
         from tqdm import tqdm
 
         try:
@@ -132,7 +143,7 @@ class Evaluator:
             with tqdm(total=len(reset_seeds), desc=title, unit='episode', leave=False, disable=None) as progress:
                 return self._episodes(act, reset_seeds, progress, should_stop)
         except BaseException:
-            for worker in self._workers:  # some are in the middle of a step: their answers would come too late
+            for worker in self._workers:  # some are in the middle of steps: their answers would come too late
                 worker.kill()
             self._workers = []
             raise
@@ -153,46 +164,50 @@ class Evaluator:
 
     def _episodes(self, act, reset_seeds, progress, should_stop) -> list[dict[str, float]] | None:
         workers = self._workers[: len(reset_seeds)]
-        jobs: list[int | None] = list(range(len(workers)))
+        places = min(len(workers) * self._environments_per_worker, len(reset_seeds))
+        jobs: list[int | None] = list(range(places))  # the episode in each place; place p is at worker p mod W
         outcomes: list[dict[str, float] | None] = [None] * len(reset_seeds)
-        next_job = len(workers)
+        next_job = places
         observations, warned = None, False
-        for worker, job in zip(workers, jobs, strict=True):
-            worker.ask('reset', reset_seeds[job])
-        while True:
-            acting = []
-            for w, worker in enumerate(workers):
-                if jobs[w] is None:
-                    continue
-                observation, outcome = worker.answer()
+        requests = {place: ('reset', reset_seeds[job]) for place, job in enumerate(jobs)}
+        while requests:
+            answers, requests, acting = self._ask(workers, requests), {}, []
+            for place, observation, outcome in answers:
                 if observations is None:
-                    observations = np.zeros((len(workers), *observation.shape), observation.dtype)
-                observations[w] = observation
+                    observations = np.zeros((places, *observation.shape), observation.dtype)
+                observations[place] = observation
                 if outcome is None:
-                    acting.append(w)
+                    acting.append(place)
                     continue
-                outcomes[jobs[w]] = outcome
+                outcomes[jobs[place]] = outcome
                 progress.update()
-                jobs[w], next_job = (next_job, next_job + 1) if next_job < len(reset_seeds) else (None, next_job)
-                if jobs[w] is not None:  # resets while the others take their next step
-                    worker.ask('reset', reset_seeds[jobs[w]])
-            if all(job is None for job in jobs):
-                return outcomes
+                jobs[place], next_job = (next_job, next_job + 1) if next_job < len(reset_seeds) else (None, next_job)
+                if jobs[place] is not None:  # starts while the others take their next step
+                    requests[place] = 'reset', reset_seeds[jobs[place]]
             if should_stop is not None and should_stop():
-                for w, worker in enumerate(workers):
-                    if jobs[w] is not None and w not in acting:
-                        worker.answer()  # of a reset: or it would be taken for that of the next evaluation
                 return None
             if not acting:
                 continue
-            current = [job if w in acting else None for w, job in enumerate(jobs)]
+            current = [job if place in acting else None for place, job in enumerate(jobs)]
             actions = np.asarray(act(observations, current), np.float32)
             if not warned and not np.isfinite(actions).all():
                 logger.warning('a policy gives actions that are NaN or infinite; zero is used in their place')
                 warned = True
             actions = _finite(actions)
-            for w in acting:
-                workers[w].ask('step', actions[w])
+            requests |= {place: ('step', actions[place]) for place in acting}
+        return outcomes
+
+    @staticmethod
+    def _ask(workers, requests):
+        """Asks all workers at once; returns (place, observation, outcome) of each environment."""
+        shares = [[] for _ in workers]
+        for place, request in requests.items():
+            number, worker = divmod(place, len(workers))
+            shares[worker].append((number, *request))
+        busy = [w for w, share in enumerate(shares) if share]
+        for w in busy:
+            workers[w].ask(shares[w])
+        return [(number * len(workers) + w, *rest) for w in busy for number, *rest in workers[w].answer()]
 
 
 def record_video(
