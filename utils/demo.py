@@ -29,7 +29,13 @@ TASK = 'scene-play-singletask-task1-v0'
 COLLECTED = (('pretrain', 60, 3), ('finetune', 30, 3))
 # A tenth of the published weight of cloning: after so few updates Q has little slope in the actions, and at the full
 # weight the policy would stay the clone.
-SETTINGS = ('--preset=small', '--agent.alpha=30', '--pretraining_steps=8000', '--eval_interval=2500')
+SETTINGS = (
+    '--preset=small',
+    '--agent.alpha=30',
+    '--pretraining_steps=8000',
+    '--finetuning_steps=15000',
+    '--eval_interval=3000',
+)
 POLICIES = ('random policy', 'pre-trained clone', 'fine-tuned policy')
 
 

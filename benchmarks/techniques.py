@@ -1,0 +1,246 @@
+"""What each technique of the training loop saves: the loop without it, in turns with the loop as it is.
+
+    python -m benchmarks.techniques [--preset=paper] [--only=hoisting,donation] [--output=results/throughput]
+
+InFOM on synthetic data of a task's shapes, one seed unless said; one technique is taken out at a time, by putting a
+plain form in its place while the loop is compiled. Leaves `techniques.md` and `techniques.jsonl` (a line for each
+technique, machine and versions included; another device's lines are kept). A ratio is the time without the technique
+over the time with it, the median over pairs of turns: above 1 it pays.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import functools
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from absl import flags
+from tqdm import tqdm
+
+import agents
+from agents import infom
+from benchmarks import throughput
+from benchmarks.suite import place
+from utils import cli, networks, processor, runs, training
+from utils.errors import UserError
+
+FLAGS = flags.FLAGS
+
+
+# ------------------------------------------------------------------------------------------------------- plain forms
+
+
+def rolled_euler(velocity, noise, num_steps, bounds=None):
+    """`flows.euler_integrate` as a loop of the program."""
+
+    def step(i, x):
+        x = x + velocity(x, i.astype(x.dtype) / num_steps) / num_steps
+        return x if bounds is None else jnp.clip(x, *bounds)
+
+    return jax.lax.fori_loop(0, num_steps, step, noise)
+
+
+class UnhoistedField(networks.VectorField):
+    """The first layer's whole product at every evaluation, for every sample; `condition` gives its constant inputs."""
+
+    def condition(self, *conditions):
+        return jnp.concatenate(conditions, axis=-1)
+
+    def through_last(self, condition, last):
+        return jnp.concatenate([condition[..., : -last.shape[-1]], last], axis=-1)
+
+    def __call__(self, x, times, condition):
+        parts = [jnp.broadcast_to(part, (*x.shape[:-1], part.shape[-1])) for part in (jnp.atleast_1d(times), condition)]
+        h = nn.gelu(networks.matmul(jnp.concatenate([x, *parts], axis=-1), self.first_kernel) + self.first_bias)
+        return self.rest(self.first_norm(h) if self.layer_norm else h)
+
+
+def all_rows_at_once(function, *arrays, samples_per_row=1):
+    return jax.vmap(function)(*arrays)
+
+
+def flattened_adam(*args, **kwargs):
+    """One vector for each module's parameters, as fewer and longer operations."""
+    return optax.flatten(plain_adam(*args, **kwargs))
+
+
+plain_adam = optax.adam
+
+
+def undonated_chunk():
+    return jax.jit(training.train_chunk.__wrapped__, static_argnames=('phase', 'n'))
+
+
+# -------------------------------------------------------------------------------------------------------- techniques
+
+
+@dataclasses.dataclass(frozen=True)
+class Technique:
+    """`without` gives the patches that take it out; `chunk`: updates of a call without it (None: as many as with it);
+    `agent`: settings without it; `num_seeds`: side by side, against one after the other (times are of all)."""
+
+    text: str
+    without: Callable[[], list] = list
+    chunk: int | None = None
+    agent: dict = dataclasses.field(default_factory=dict)
+    num_seeds: int = 1
+
+
+TECHNIQUES = {
+    'chunks': Technique('many updates in one call (`scan`), against one a call', chunk=1),
+    'unrolling': Technique(
+        'Euler steps as straight-line code', lambda: [mock.patch.object(infom, 'euler_integrate', rolled_euler)]
+    ),
+    'hoisting': Technique(
+        "the field's product with [s, a, z] once for a flow",
+        lambda: [mock.patch.object(infom, 'VectorField', UnhoistedField)],
+    ),
+    'blocks': Technique(
+        'flows in blocks of two halves (CPU only)', lambda: [mock.patch.object(infom, 'map_rows', all_rows_at_once)]
+    ),
+    'layer norm': Technique(
+        "LayerNorm's gradient in closed form",
+        lambda: [mock.patch.object(networks, 'LayerNorm', functools.partial(nn.LayerNorm, epsilon=1e-6))],
+    ),
+    'donation': Technique(
+        'agents updated in their own memory', lambda: [mock.patch.object(training, 'train_chunk', undonated_chunk())]
+    ),
+    'own Adams': Technique('an Adam for each module, of those that learn', agent={'joint_adam': True}),
+    'wide vectors': Technique(
+        'vectors of 512 bits (CPUs with AVX-512 only)',
+        lambda: [mock.patch.object(processor, 'compiler_options', dict)],
+    ),
+    'flat Adam': Technique(
+        'not taken: parameters as they are, against one vector for each module',
+        lambda: [mock.patch.object(optax, 'adam', flattened_adam)],
+    ),
+    'seeds': Technique('four seeds side by side, against one after the other', num_seeds=4),
+}
+
+
+def without_technique(technique: Technique, problem, phase, updates) -> throughput.Loop:
+    """The loop of `updates` updates without a technique, compiled."""
+    chunk = updates
+    if technique.chunk is not None:
+        chunk = max(technique.chunk, problem.config.actor_freq if phase == 'finetuning' else 1)
+    config = ml_collections.ConfigDict(problem.config)
+    config.update(technique.agent)
+    plain = dataclasses.replace(problem, config=ml_collections.FrozenConfigDict(config))
+    with contextlib.ExitStack() as stack:
+        for patch in technique.without():
+            stack.enter_context(patch)
+        jax.clear_caches()  # Traces do not know that what they called has changed.
+        without = throughput.our_loop(plain, phase, chunk)
+    jax.clear_caches()
+    turns = updates // chunk * technique.num_seeds
+
+    def run():
+        for _ in range(turns):
+            without.run()
+
+    return dataclasses.replace(without, run=run, updates=updates)
+
+
+def measure(technique: Technique, problem, updates: dict, repeats: int, ours) -> dict:
+    """{phase: {'ratio', 'ratio_min', 'ratio_max', 'ms' with and 'without_ms' without it}}.
+
+    ours(phase, num_seeds): the loop with all techniques.
+    """
+    result = {}
+    for phase in throughput.PHASES:
+        loops = {
+            'ours': ours(phase, technique.num_seeds),
+            'without': without_technique(technique, problem, phase, updates[phase]),
+        }
+        times = throughput.measure(loops, repeats, phase)
+        ratios = [without / ours for without, ours in zip(times['without'], times['ours'], strict=True)]
+        result[phase] = {
+            'ratio': statistics.median(ratios),
+            'ratio_min': min(ratios),
+            'ratio_max': max(ratios),
+            'ms': statistics.median(times['ours']),
+            'without_ms': statistics.median(times['without']),
+        }
+    return result
+
+
+def markdown(reports) -> str:
+    """One table for each device and preset."""
+    lines = [
+        '# What each technique saves',
+        '',
+        'Written by `python -m benchmarks.techniques`: InFOM, time of an update without the technique over the time',
+        'with it, median and range over pairs of turns. Above 1 it pays.',
+    ]
+    kinds = [(*place(report), report['preset']) for report in reports]
+    for kind in dict.fromkeys(kinds):
+        here = [report for report, its_kind in zip(reports, kinds, strict=True) if its_kind == kind]
+        device, processor_name, cores, preset = kind
+        versions = ', '.join(f'{name} {version}' for name, version in here[0]['versions'].items())
+        lines += [
+            '',
+            f'## {device}: {cores} cores of {processor_name}, preset {preset}',
+            '',
+            f'{", ".join(sorted({report["date"] for report in here}))}; {versions}.',
+            '',
+            '| technique | | pre-training | fine-tuning |',
+            '| --- | --- | --- | --- |',
+        ]
+        for report in here:
+            cells = [
+                f'{report[phase]["ratio"]:.2f} ({report[phase]["ratio_min"]:.2f}–{report[phase]["ratio_max"]:.2f})'
+                for phase in throughput.PHASES
+            ]
+            lines.append(f'| {report["technique"]} | {TECHNIQUES[report["technique"]].text} | {" | ".join(cells)} |')
+    return '\n'.join(lines) + '\n'
+
+
+def main(_):
+    if agents.resolve(FLAGS.agent) != 'infom' or FLAGS.num_seeds != 1:
+        raise UserError('the techniques are measured on InFOM, one seed: leave out --agent and --num_seeds')
+    unknown = sorted(set(FLAGS.only) - set(TECHNIQUES))
+    if unknown:
+        raise UserError(f'--only={",".join(unknown)}: expected of {", ".join(TECHNIQUES)}')
+    directory = Path(FLAGS.output)
+    runs.require_writable(directory)
+    path = directory / 'techniques.jsonl'
+    reports = [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()] if path.exists() else []
+    problem = throughput.make_problem('infom', FLAGS.env_name, FLAGS.preset, FLAGS.rows, FLAGS.batch_size)
+    period = problem.config.actor_freq
+    updates = {'pretraining': FLAGS.updates, 'finetuning': -(-FLAGS.finetuning_updates // period) * period}
+    about = throughput.machine() | {'date': datetime.datetime.now(datetime.UTC).date().isoformat()}
+
+    @functools.cache
+    def ours(phase, num_seeds):
+        return throughput.our_loop(problem, phase, updates[phase], num_seeds)
+
+    for name in tqdm(FLAGS.only or TECHNIQUES, desc='techniques', unit='technique'):
+        measured = measure(TECHNIQUES[name], problem, updates, FLAGS.repeats, ours)
+        report = {'technique': name, 'preset': FLAGS.preset, **measured, **about}
+
+        def same(other, report=report):
+            return place(other) == place(report) and all(other[k] == report[k] for k in ('technique', 'preset'))
+
+        reports = [other for other in reports if not same(other)] + [report]
+        for file, text in (
+            ('techniques.jsonl', ''.join(json.dumps(line) + '\n' for line in reports)),
+            ('techniques.md', markdown(reports)),
+        ):
+            with runs.atomic_path(directory / file) as temporary:
+                temporary.write_text(text, encoding='utf-8')
+    print(markdown(reports))
+
+
+if __name__ == '__main__':
+    flags.DEFINE_list('only', [], f'Techniques to measure, of {", ".join(TECHNIQUES)}; empty for all.')
+    flags.DEFINE_string('output', 'results/throughput', 'Folder of techniques.jsonl and techniques.md.')
+    cli.run(main)

@@ -1,0 +1,90 @@
+"""The techniques benchmark compares like with like: without a technique the losses and their gradients are the same."""
+
+import contextlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from agents.infom import InFOMAgent
+from benchmarks import techniques, throughput
+from tests.tiny import make_agent, make_batch, make_config, make_dataset, random_walks
+from utils import training
+from utils.datasets import example_batch
+
+ROOT = Path(__file__).resolve().parents[1]
+PATCHED = ('unrolling', 'hoisting', 'blocks', 'layer norm', 'flat Adam')
+
+
+def update(without=()):
+    """Parameters and metrics after one fine-tuning update of a new agent, with `without` in force throughout."""
+    batch = make_batch(3)
+    with contextlib.ExitStack() as stack:
+        for patch in without:
+            stack.enter_context(patch)
+        agent, metrics = jax.jit(lambda agent, key: agent.finetune(batch, key, update_actor=True))(
+            make_agent(batch), jax.random.key(5)
+        )
+    return agent.params, metrics
+
+
+@pytest.fixture(scope='module')
+def as_it_is():
+    return update()
+
+
+@pytest.mark.parametrize('name', PATCHED)
+def test_an_update_without_the_technique_is_the_same(name, as_it_is):
+    params, metrics = update(techniques.TECHNIQUES[name].without())
+    for key, value in as_it_is[1].items():
+        np.testing.assert_allclose(metrics[key], value, rtol=1e-4, atol=1e-5, err_msg=key)
+    # Adam's first step is the gradient's sign: where that is rounding, it differs by up to twice the learning rate.
+    differences = jax.tree.map(lambda p, q: np.abs(np.asarray(p) - np.asarray(q)), params, as_it_is[0])
+    differences = np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(differences)])
+    assert np.mean(differences > 1e-5) < 0.01
+
+
+def test_without_donation_the_agents_outlive_the_chunk():
+    """On what `train_chunk` is called with: the agents' buffers are given away with it, and not without."""
+    dataset = make_dataset(random_walks())
+    config = make_config(batch_size=4)
+    for patches in ([], techniques.TECHNIQUES['donation'].without()):
+        agents = training.create_agents(InFOMAgent, [0], example_batch(dataset), config)
+        keys = training.stream_keys([0], 'pretraining')
+        with contextlib.ExitStack() as stack:
+            for patch in patches:
+                stack.enter_context(patch)
+            training.train_chunk(agents, dataset, keys, jnp.int32(0), phase='pretraining', n=1)
+        assert all(leaf.is_deleted() != bool(patches) for leaf in jax.tree.leaves(agents.params))
+
+
+def test_the_command_keeps_a_line_for_each_technique_and_device(tmp_path):
+    command = [
+        sys.executable, '-m', 'benchmarks.techniques', '--preset=smoke', '--updates=2', '--finetuning_updates=2',
+        '--repeats=1', '--rows=400', f'--output={tmp_path}',
+    ]  # fmt: skip
+    phase = {'ratio': 9.0, 'ratio_min': 8.0, 'ratio_max': 9.5}
+    old = throughput.machine() | {'date': '2000-01-01', 'preset': 'smoke', 'technique': 'chunks'}
+    old |= dict.fromkeys(throughput.PHASES, phase)
+    lines = [old, old | {'technique': 'hoisting'}, old | {'processor': 'another'}]
+    (tmp_path / 'techniques.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    done = subprocess.run([*command, '--only=chunks'], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    kept = [json.loads(line) for line in (tmp_path / 'techniques.jsonl').read_text().splitlines()]
+    assert kept[:2] == lines[1:] and len(kept) == 3
+    assert kept[2]['technique'] == 'chunks' and kept[2]['date'] > '2000'
+    assert all(0 < kept[2][phase]['ratio_min'] <= kept[2][phase]['ratio'] for phase in throughput.PHASES)
+    assert (tmp_path / 'techniques.md').read_text() in done.stdout
+
+
+@pytest.mark.parametrize('flag, expected', [('--only=luck', 'luck'), ('--agent=iql', 'InFOM')])
+def test_what_cannot_be_measured_gets_one_line(flag, expected, tmp_path):
+    command = [sys.executable, '-m', 'benchmarks.techniques', flag, f'--output={tmp_path}']
+    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2 and expected in refused.stderr and 'Traceback' not in refused.stderr
+    assert not list(tmp_path.iterdir())
