@@ -96,24 +96,30 @@ def draw_chunk(dataset, keys, start, *, spec: BatchSpec, n: int):
 # ----------------------------------------------------------------------------------------------------------- chunks
 
 
-def _update(agent, source, key, step, phase, **options):
-    """One update on a batch drawn from the data set `source`, or on `source` itself where that is a batch."""
-    batch_key, update_key = step_keys(key, step)
+def _update(agent, source, keys, phase, **options):
+    """One update on a batch drawn from the data set `source`, or on `source` itself where that is a batch; keys (2,)
+    as by `step_keys`."""
+    batch_key, update_key = keys
     batch = draw(source, batch_key, batch_spec(agent)) if isinstance(source, datasets.Dataset) else source
     batch = devices.spread(batch, 'batch')
     return (agent.pretrain if phase == 'pretraining' else agent.finetune)(batch, update_key, **options)
 
 
-def _scan_updates(agent, source, key, steps, phase, **options):
-    """`source`: the data set, or the steps' batches (n, B, …)."""
+def _scan_updates(agent, source, keys, phase, **options):
+    """Updates with keys (n, 2); `source`: the data set, or their batches (n, B, …)."""
     if isinstance(source, datasets.Dataset):
-        return jax.lax.scan(lambda agent, step: _update(agent, source, key, step, phase, **options), agent, steps)
+        return jax.lax.scan(lambda agent, keys: _update(agent, source, keys, phase, **options), agent, keys)
 
-    def body(agent, step_and_batch):
-        step, batch = step_and_batch
-        return _update(agent, batch, key, step, phase, **options)
+    def body(agent, keys_and_batch):
+        keys, batch = keys_and_batch
+        return _update(agent, batch, keys, phase, **options)
 
-    return jax.lax.scan(body, agent, (steps, source))
+    return jax.lax.scan(body, agent, (keys, source))
+
+
+def _keys_of(key, steps):
+    """The steps' keys (n, 2), all at once: in the loop each would be many tiny operations."""
+    return jax.vmap(lambda step: step_keys(key, step))(steps)
 
 
 def _reduce(metrics, steps):
@@ -128,7 +134,7 @@ def _reduce(metrics, steps):
 
 def _pretrain_chunk(agent, source, key, start, n):
     steps = start + jnp.arange(n)
-    agent, metrics = _scan_updates(agent, source, key, steps, 'pretraining')
+    agent, metrics = _scan_updates(agent, source, _keys_of(key, steps), 'pretraining')
     return agent, _reduce(metrics, steps)
 
 
@@ -138,11 +144,11 @@ def _finetune_chunk(agent, source, key, start, n):
     freq = agent.config.actor_freq
     on_device = isinstance(source, datasets.Dataset)
 
-    def block(agent, steps_and_batches):
-        steps, batches = steps_and_batches
+    def block(agent, keys_and_batches):
+        keys, batches = keys_and_batches
         first, last = (source, source) if on_device else split_last(batches)
-        agent, without_actor = _scan_updates(agent, first, key, steps[:-1], 'finetuning', update_actor=False)
-        agent, with_actor = _update(agent, last, key, steps[-1], 'finetuning', update_actor=True)
+        agent, without_actor = _scan_updates(agent, first, keys[:-1], 'finetuning', update_actor=False)
+        agent, with_actor = _update(agent, last, keys[-1], 'finetuning', update_actor=True)
         # The loss of a step with the actor has a term more: metrics are those of the steps that have them.
         common = {k: jnp.append(v, with_actor[k]) for k, v in without_actor.items() if k != 'loss'}
         return agent, (common, {k: v for k, v in with_actor.items() if k not in common})
@@ -150,11 +156,12 @@ def _finetune_chunk(agent, source, key, start, n):
     def split_last(batches):
         return jax.tree.map(lambda x: x[:-1], batches), jax.tree.map(lambda x: x[-1], batches)
 
-    steps = start + jnp.arange(n).reshape(-1, freq)
+    steps = start + jnp.arange(n)
+    keys = _keys_of(key, steps).reshape(-1, freq, 2)
     blocks = None if on_device else jax.tree.map(lambda x: x.reshape(-1, freq, *x.shape[1:]), source)
-    agent, (common, actor) = jax.lax.scan(block, agent, (steps, blocks))
+    agent, (common, actor) = jax.lax.scan(block, agent, (keys, blocks))
     flat = {k: v.reshape(-1) for k, v in common.items()}
-    return agent, {**_reduce(flat, steps.reshape(-1)), **_reduce(actor, steps[:, -1])}
+    return agent, {**_reduce(flat, steps), **_reduce(actor, steps[freq - 1 :: freq])}
 
 
 @functools.partial(jax.jit, static_argnames=('phase', 'n'), donate_argnames='agents')
