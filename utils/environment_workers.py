@@ -50,17 +50,11 @@ def _array(observation: Any) -> np.ndarray:
 
 
 class Episodes:
-    """Environments that one worker steps one after the other; each is made when it is first reset."""
+    """Environments that one worker steps one after the other; all but the first are made when they are first reset."""
 
     def __init__(self, make_env: Callable[[], Any]):
         self._make_env = make_env
-        self._episodes: dict[int, Episode] = {}
-        self.add(0)
-
-    def add(self, number: int) -> Episode:
-        if number not in self._episodes:
-            self._episodes[number] = Episode(self._make_env())
-        return self._episodes[number]
+        self._episodes = {0: Episode(make_env())}
 
     @property
     def action_size(self) -> int:
@@ -70,7 +64,9 @@ class Episodes:
         """(number, 'reset', seed) or (number, 'step', action) of each environment → (number, observation, outcome)."""
         answers = []
         for number, command, value in requests:
-            episode = self.add(number)
+            if number not in self._episodes:
+                self._episodes[number] = Episode(self._make_env())
+            episode = self._episodes[number]
             observation, outcome = (episode.reset(value), None) if command == 'reset' else episode.step(value)
             answers.append((number, observation, outcome))
         return answers
