@@ -69,9 +69,8 @@ def place(report) -> tuple:
     return report['device'], report['processor'], report['cores']
 
 
-def same_place(report, other) -> bool:
-    """Whether two lines are of one entry on one machine."""
-    entry = ('agent', 'env_name', 'preset', 'batch_size', 'num_seeds')
+def same_place(report, other, entry=('agent', 'env_name', 'preset', 'batch_size', 'num_seeds')) -> bool:
+    """Whether two lines are of one entry on one machine; `entry`: the keys that tell entries apart."""
     return place(report) == place(other) and all(report[key] == other[key] for key in entry)
 
 
@@ -123,13 +122,17 @@ def markdown(reports) -> str:
     return '\n'.join(lines) + '\n'
 
 
-def write(directory: Path, reports) -> None:
-    for name, text in (
-        ('throughput.jsonl', ''.join(json.dumps(report) + '\n' for report in reports)),
-        ('README.md', markdown(reports)),
-    ):
-        with runs.atomic_path(directory / name) as temporary:
-            temporary.write_text(text, encoding='utf-8')
+def read(path: Path) -> list[dict]:
+    """The lines of an earlier measurement, if there was one."""
+    return [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()] if path.exists() else []
+
+
+def write(path: Path, reports, page: str, text: str) -> None:
+    """The lines, and `text` as the page beside them, each atomically."""
+    lines = ''.join(json.dumps(report) + '\n' for report in reports)
+    for name, content in ((path.name, lines), (page, text)):
+        with runs.atomic_path(path.with_name(name)) as temporary:
+            temporary.write_text(content, encoding='utf-8')
 
 
 def chosen(entries, only: list[str]) -> list[dict]:
@@ -153,11 +156,11 @@ def main(_):
     directory = Path(FLAGS.output)
     runs.require_writable(directory)
     path = directory / 'throughput.jsonl'
-    reports = [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()] if path.exists() else []
+    reports = read(path)
     for entry in tqdm(entries, desc='suite', unit='entry'):
         report = measure(entry)
         reports = [other for other in reports if not same_place(report, other)] + [report]
-        write(directory, reports)
+        write(path, reports, 'README.md', markdown(reports))
     print(markdown(reports))
 
 

@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import datetime
 import functools
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -28,12 +27,13 @@ from tqdm import tqdm
 
 import agents
 from agents import infom
-from benchmarks import throughput
-from benchmarks.suite import place
+from benchmarks import suite, throughput
 from utils import cli, networks, processor, runs, training
 from utils.errors import UserError
 
 FLAGS = flags.FLAGS
+
+ENTRY = 'technique', 'preset', 'env_name'  # What tells two lines of one machine apart.
 
 
 # ------------------------------------------------------------------------------------------------------- plain forms
@@ -68,6 +68,10 @@ def all_rows_at_once(function, *arrays, samples_per_row=1):
     return jax.vmap(function)(*arrays)
 
 
+def flax_layer_norm():
+    return nn.LayerNorm(epsilon=networks.LAYER_NORM_EPSILON)
+
+
 def flattened_adam(*args, **kwargs):
     """One vector for each module's parameters, as fewer and longer operations."""
     return optax.flatten(plain_adam(*args, **kwargs))
@@ -85,18 +89,19 @@ def undonated_chunk():
 
 @dataclasses.dataclass(frozen=True)
 class Technique:
-    """`without` gives the patches that take it out; `chunk`: updates of a call without it (None: as many as with it);
-    `agent`: settings without it; `num_seeds`: side by side, against one after the other (times are of all)."""
+    """`without` gives the patches that take it out; `single_updates`: without it a call makes one update, or one
+    period of the actor; `agent`: settings without it; `num_seeds`: side by side, against one after the other (times are
+    of all)."""
 
     text: str
     without: Callable[[], list] = list
-    chunk: int | None = None
+    single_updates: bool = False
     agent: dict = dataclasses.field(default_factory=dict)
     num_seeds: int = 1
 
 
 TECHNIQUES = {
-    'chunks': Technique('many updates in one call (`scan`), against one a call', chunk=1),
+    'chunks': Technique('many updates in one call (`scan`), against one a call', single_updates=True),
     'unrolling': Technique(
         'Euler steps as straight-line code', lambda: [mock.patch.object(infom, 'euler_integrate', rolled_euler)]
     ),
@@ -109,7 +114,7 @@ TECHNIQUES = {
     ),
     'layer norm': Technique(
         "LayerNorm's gradient in closed form",
-        lambda: [mock.patch.object(networks, 'LayerNorm', functools.partial(nn.LayerNorm, epsilon=1e-6))],
+        lambda: [mock.patch.object(networks, 'LayerNorm', flax_layer_norm)],
     ),
     'donation': Technique(
         'agents updated in their own memory', lambda: [mock.patch.object(training, 'train_chunk', undonated_chunk())]
@@ -130,8 +135,8 @@ TECHNIQUES = {
 def without_technique(technique: Technique, problem, phase, updates) -> throughput.Loop:
     """The loop of `updates` updates without a technique, compiled."""
     chunk = updates
-    if technique.chunk is not None:
-        chunk = max(technique.chunk, problem.config.actor_freq if phase == 'finetuning' else 1)
+    if technique.single_updates:
+        chunk = problem.config.actor_freq if phase == 'finetuning' else 1
     config = ml_collections.ConfigDict(problem.config)
     config.update(technique.agent)
     plain = dataclasses.replace(problem, config=ml_collections.FrozenConfigDict(config))
@@ -162,33 +167,27 @@ def measure(technique: Technique, problem, updates: dict, repeats: int, ours) ->
             'without': without_technique(technique, problem, phase, updates[phase]),
         }
         times = throughput.measure(loops, repeats, phase)
-        ratios = [without / ours for without, ours in zip(times['without'], times['ours'], strict=True)]
-        result[phase] = {
-            'ratio': statistics.median(ratios),
-            'ratio_min': min(ratios),
-            'ratio_max': max(ratios),
-            'ms': statistics.median(times['ours']),
-            'without_ms': statistics.median(times['without']),
-        }
+        medians = {'ms': statistics.median(times['ours']), 'without_ms': statistics.median(times['without'])}
+        result[phase] = throughput.paired_ratio(times['without'], times['ours']) | medians
     return result
 
 
 def markdown(reports) -> str:
-    """One table for each device and preset."""
+    """One table for each device, preset and task."""
     lines = [
         '# What each technique saves',
         '',
         'Written by `python -m benchmarks.techniques`: InFOM, time of an update without the technique over the time',
         'with it, median and range over pairs of turns. Above 1 it pays.',
     ]
-    kinds = [(*place(report), report['preset']) for report in reports]
+    kinds = [(*suite.place(report), report['preset'], report['env_name']) for report in reports]
     for kind in dict.fromkeys(kinds):
         here = [report for report, its_kind in zip(reports, kinds, strict=True) if its_kind == kind]
-        device, processor_name, cores, preset = kind
+        device, processor_name, cores, preset, env_name = kind
         versions = ', '.join(f'{name} {version}' for name, version in here[0]['versions'].items())
         lines += [
             '',
-            f'## {device}: {cores} cores of {processor_name}, preset {preset}',
+            f'## {device}: {cores} cores of {processor_name}, preset {preset}, {env_name}',
             '',
             f'{", ".join(sorted({report["date"] for report in here}))}; {versions}.',
             '',
@@ -213,10 +212,9 @@ def main(_):
     directory = Path(FLAGS.output)
     runs.require_writable(directory)
     path = directory / 'techniques.jsonl'
-    reports = [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()] if path.exists() else []
+    reports = suite.read(path)
     problem = throughput.make_problem('infom', FLAGS.env_name, FLAGS.preset, FLAGS.rows, FLAGS.batch_size)
-    period = problem.config.actor_freq
-    updates = {'pretraining': FLAGS.updates, 'finetuning': -(-FLAGS.finetuning_updates // period) * period}
+    updates = throughput.updates_of_a_turn(problem.config)
     about = throughput.machine() | {'date': datetime.datetime.now(datetime.UTC).date().isoformat()}
 
     @functools.cache
@@ -225,18 +223,9 @@ def main(_):
 
     for name in tqdm(FLAGS.only or TECHNIQUES, desc='techniques', unit='technique'):
         measured = measure(TECHNIQUES[name], problem, updates, FLAGS.repeats, ours)
-        report = {'technique': name, 'preset': FLAGS.preset, **measured, **about}
-
-        def same(other, report=report):
-            return place(other) == place(report) and all(other[k] == report[k] for k in ('technique', 'preset'))
-
-        reports = [other for other in reports if not same(other)] + [report]
-        for file, text in (
-            ('techniques.jsonl', ''.join(json.dumps(line) + '\n' for line in reports)),
-            ('techniques.md', markdown(reports)),
-        ):
-            with runs.atomic_path(directory / file) as temporary:
-                temporary.write_text(text, encoding='utf-8')
+        report = {'technique': name, 'preset': FLAGS.preset, 'env_name': FLAGS.env_name, **measured, **about}
+        reports = [other for other in reports if not suite.same_place(report, other, ENTRY)] + [report]
+        suite.write(path, reports, 'techniques.md', markdown(reports))
     print(markdown(reports))
 
 

@@ -201,6 +201,19 @@ def measure(loops: dict[str, Loop], repeats: int, description: str):
     return times
 
 
+def paired_ratio(times, ours) -> dict:
+    """Another loop's time over ours, pair by pair: median and range."""
+    ratios = [other / own for other, own in zip(times, ours, strict=True)]
+    return {'ratio': statistics.median(ratios), 'ratio_min': min(ratios), 'ratio_max': max(ratios)}
+
+
+def updates_of_a_turn(config) -> dict:
+    """{phase: updates} that the command line asks for; in fine-tuning whole periods of the actor."""
+    period = config.actor_freq
+    updates = -(-flags.FLAGS.finetuning_updates // period) * period
+    return {'pretraining': flags.FLAGS.updates, 'finetuning': updates}
+
+
 def summarize(loops: dict[str, Loop], times, num_seeds: int = 1, matmul_gflops: float | None = None):
     """Medians of one phase's measurements, with the spread of the paired ratios where there is a host loop.
 
@@ -217,8 +230,7 @@ def summarize(loops: dict[str, Loop], times, num_seeds: int = 1, matmul_gflops: 
             f'{prefix}compile_seconds': max(0.0, loop.first_seconds - median * loop.updates / 1e3),
         }
     if 'host' in loops:
-        ratios = [host / ours for host, ours in zip(times['host'], times['ours'])]
-        summary |= {'ratio': statistics.median(ratios), 'ratio_min': min(ratios), 'ratio_max': max(ratios)}
+        summary |= paired_ratio(times['host'], times['ours'])
     ours = loops['ours']
     summary |= {'updates': ours.updates, 'seed_updates_per_second': num_seeds * summary['updates_per_second']}
     if ours.gflop is not None:
@@ -274,8 +286,7 @@ def main(_):
         avoid_crash_on_images()
     about = machine()
     problem = make_problem(agent, values.env_name, values.preset, values.rows, values.batch_size)
-    period = problem.config.actor_freq
-    updates = {'pretraining': values.updates, 'finetuning': -(-values.finetuning_updates // period) * period}
+    updates = updates_of_a_turn(problem.config)
     results, rates = {}, []
     for phase in PHASES:
         loops = {'ours': our_loop(problem, phase, updates[phase], values.num_seeds)}

@@ -206,7 +206,9 @@ def test_the_suite_keeps_one_line_for_each_entry_and_device(tmp_path):
     assert not suite.same_place(report, {**report, 'device': 'gpu'})
     assert not suite.same_place(report, {**report, 'num_seeds': 8})
     assert not suite.same_place(report, {**report, 'batch_size': 256})
-    suite.write(tmp_path, [report, {**report, 'device': 'gpu'}])
+    reports = [report, {**report, 'device': 'gpu'}]
+    suite.write(tmp_path / 'throughput.jsonl', reports, 'README.md', suite.markdown(reports))
+    assert suite.read(tmp_path / 'throughput.jsonl') == reports
     text = (tmp_path / 'README.md').read_text()
     assert text.count('| iql | states | paper | 32 | 1 | pre-training | 2.0 | 500.0 | 1.0 |') == 2
     assert '## cpu: 2 cores of P' in text and '## gpu: 2 cores of P' in text
