@@ -5,7 +5,8 @@ whose flow samples the discounted future states of (s, a) under intention z, wit
 (arXiv 2503.09817), plus a cloned policy.
 Fine-tuning scores sampled futures with a learned reward, distils them over random z into Q with an expectile loss
 (implicit generalised policy improvement) and improves the policy on Q with behavioural cloning as regulariser.
-Intentions of other origins, for ablations, are in `agents/intentions.py`.
+Intentions of other origins, for ablations, are in `agents/intentions.py`, candidates against instability in
+`agents/stabilizers.py`.
 Shapes: B batch, N flow samples per row, S state features (or image features), A action dimensions, Z latent dimensions.
 """
 
@@ -19,7 +20,7 @@ import ml_collections
 from flax import linen as nn
 from jax import lax
 
-from agents import common, intentions
+from agents import common, intentions, stabilizers
 from utils.encoders import make_encoder
 from utils.errors import UserError
 from utils.flows import clipping_bounds, euler_integrate, map_rows
@@ -127,7 +128,6 @@ class InFOMAgent(flax.struct.PyTreeNode):
         # With images, the online encoder learns through x_t of the current term alone.
         observations = self.features(params, batch['observations'])
         states = lax.stop_gradient(observations)
-        next_states = self.features(self.target_params, batch['next_observations'])
         times = jax.random.uniform(time_key, (states.shape[0], 1))
 
         # Current term: x_t = t·s + (1−t)·ε, regressed on s − ε.
@@ -135,14 +135,7 @@ class InFOMAgent(flax.struct.PyTreeNode):
         current_x = times * observations + (1 - times) * noise
         current_target = states - noise
 
-        # Future term: x̂ by the target field from ε' at (s', a', z); with the same t, onto its velocity.
-        next_noise = jax.random.normal(next_noise_key, states.shape)
-        next_condition = self.condition(
-            self.target_params, next_states, batch['next_actions'], lax.stop_gradient(latents)
-        )
-        futures = map_rows(partial(self.sample_futures, self.target_params), next_noise, next_condition)
-        future_x = times * futures + (1 - times) * next_noise
-        future_target = self.velocity(self.target_params, future_x, times, next_condition)
+        future_x, future_target = self.future_term(batch, lax.stop_gradient(latents), times, next_noise_key)
 
         # One forward pass for both terms; their conditions are the same, but z is a constant in the future one.
         if self.config.future_intention_gradient:
@@ -168,6 +161,16 @@ class InFOMAgent(flax.struct.PyTreeNode):
             'future_flow_loss': future_loss.mean(),
             'kl_loss': kl_loss,
         }
+
+    def future_term(self, batch, latents, times, key):
+        """x_t and target of ℓ_fut, each (B, S): x̂ by the target field from ε' at (s', a', z); with the same t, onto its
+        velocity."""
+        next_states = self.features(self.target_params, batch['next_observations'])
+        noise = jax.random.normal(key, next_states.shape)
+        condition = self.condition(self.target_params, next_states, batch['next_actions'], latents)
+        futures = map_rows(partial(self.sample_futures, self.target_params), noise, condition)
+        x = times * futures + (1 - times) * noise
+        return x, self.velocity(self.target_params, x, times, condition)
 
     def reward_loss(self, params, batch):
         """L_R = E(R(s̃) − r)², s̃ the state that the reward belongs to; features carry no gradient to the encoder."""
@@ -196,13 +199,16 @@ class InFOMAgent(flax.struct.PyTreeNode):
         rewards = map_rows(rewards_of_row, noise, condition, samples_per_row=noise.shape[1])  # (B, N)
         return rewards.mean(axis=1) / (1 - self.config.discount)
 
+    @property
+    def expectile(self):
+        """μ; the ablations' policy improvement is explicit or none: their Q is the mean."""
+        return self.config.expectile if self.config.policy_extraction == 'implicit_gpi' else 0.5
+
     def critic_loss(self, params, batch, key):
         """L_Q = E_{e,i} ρ_μ(y − Q_e(s, a)): over random z, implicit generalised policy improvement."""
         targets = self.q_targets(params, batch, key)
         qs = self.networks.critic.apply({'params': params['critic']}, batch['observations'], batch['actions'])  # (2, B)
-        # The ablations' policy improvement is explicit or none: their Q is the mean.
-        expectile = self.config.expectile if self.config.policy_extraction == 'implicit_gpi' else 0.5
-        loss = common.expectile_loss(targets - qs, expectile).mean()
+        loss = common.expectile_loss(targets - qs, self.expectile).mean()
         return loss, {'critic_loss': loss, **common.q_metrics(qs), 'q_target_mean': targets.mean()}
 
     def cloning_loss(self, params, batch):
@@ -286,6 +292,8 @@ class InFOMAgent(flax.struct.PyTreeNode):
         """
         config = ml_collections.FrozenConfigDict(config)
         validate_config(config)
+        if (stabilized := stabilizers.stabilized(cls, config)) is not cls:
+            return stabilized.create(key, example_batch, config)
         observations, actions = example_batch['observations'], example_batch['actions']
         keys = dict(zip(Networks._fields, jax.random.split(key, len(Networks._fields)), strict=True))
         params = {}
@@ -313,7 +321,10 @@ class InFOMAgent(flax.struct.PyTreeNode):
             ),
             intention_encoder=intention_encoder,
             critic=ScalarHead(
-                config.value_hidden_dims, config.value_layer_norm, num_ensembles=2, encoder=make_encoder(config.encoder)
+                config.value_hidden_dims,
+                config.value_layer_norm if config.critic_layer_norm is None else config.critic_layer_norm,
+                num_ensembles=2,
+                encoder=make_encoder(config.encoder),
             ),
             reward=ScalarHead(config.reward_hidden_dims, config.reward_layer_norm),
             actor=GaussianActor(
@@ -351,6 +362,7 @@ AGENT = InFOMAgent  # What `agents.load` hands to the training loop.
 def validate_config(config):
     """Raises UserError for values that no InFOM run can have."""
     intentions.validate_config(config)
+    stabilizers.validate_config(config)
     common.require_choice(config, 'q_agg', ('min', 'mean'))
     common.require_choice(config, 'critic_latent_type', ('prior', 'encoding', 'aggregate'))
     common.require_at_least(1, config, 'latent_dim', 'num_flow_goals', 'num_flow_steps')
@@ -395,5 +407,6 @@ def get_config():
             actor_freq=4,  # Fine-tuning steps per actor update.
             const_std=True,  # Policy standard deviation fixed at 1; else a learned vector.
             encoder=ml_collections.config_dict.placeholder(str),  # Image encoder (utils/encoders.py); None: states.
+            **stabilizers.SETTINGS,
         )
     )

@@ -1,0 +1,207 @@
+"""Candidates against instability in long fine-tuning: each changes one thing of InFOM; all are off by default.
+
+`agent.stabilizer` names one, or several joined by '+'; each is a class in front of `InFOMAgent` that overrides what it
+changes. What they do to a run is measured in docs/stability.md. Shapes: B batch, S state features.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from ml_collections import config_dict
+
+from agents import common
+from utils import diagnostics
+from utils.errors import UserError
+from utils.flows import euler_integrate
+
+# The settings that InFOM gains by this file.
+SETTINGS = dict(
+    stabilizer='',  # Names of `STABILIZERS`, joined by '+'.
+    stabilizer_steps=50_000,  # Fine-tuning updates over which `cosine` and `anneal_expectile` run.
+    critic_layer_norm=config_dict.placeholder(bool),  # The critic's own; None: value_layer_norm.
+    critic_weight_decay=0.0,  # Decoupled weight decay (AdamW) of the critic,
+    vector_field_weight_decay=0.0,  # and of the vector field.
+)
+
+STEP = 'finetuning_step'  # Beside the Adam states: fine-tuning updates so far.
+REWARD_RANGE = 'reward_range'  # The same: (lowest, highest) label of the batches so far.
+
+
+class FinetuningStep:
+    """Counts the updates of fine-tuning."""
+
+    @classmethod
+    def create(cls, key, example_batch, config):
+        agent = super().create(key, example_batch, config)
+        return agent.replace(opt_states=agent.opt_states | {STEP: jnp.zeros((), jnp.int32)})
+
+    @property
+    def progress(self):
+        """Share of `stabilizer_steps` that fine-tuning has done: () in [0, 1]."""
+        return jnp.minimum(self.opt_states[STEP] / self.config.stabilizer_steps, 1.0)
+
+    def finetune(self, batch, key, *, update_actor: bool):
+        agent, metrics = super().finetune(batch, key, update_actor=update_actor)
+        return agent.replace(opt_states=agent.opt_states | {STEP: agent.opt_states[STEP] + 1}), metrics
+
+
+class Cosine(FinetuningStep):
+    """The learning rates of fine-tuning fall to 0 along half a cosine (arXiv 1608.03983, eq. 5, without restarts)."""
+
+    @property
+    def rate_scale(self):
+        return 0.5 * (1 + jnp.cos(jnp.pi * self.progress))
+
+
+class AnnealExpectile(FinetuningStep):
+    """The critic's expectile rises from 0.5, the mean, to its setting."""
+
+    @property
+    def expectile(self):
+        return 0.5 + (super().expectile - 0.5) * self.progress
+
+
+class LabelledRange:
+    """Keeps the range of the labels that fine-tuning has seen."""
+
+    @classmethod
+    def create(cls, key, example_batch, config):
+        agent = super().create(key, example_batch, config)
+        return agent.replace(opt_states=agent.opt_states | {REWARD_RANGE: (jnp.zeros(()), jnp.zeros(()))})
+
+    @property
+    def reward_range(self):
+        return self.opt_states[REWARD_RANGE]
+
+    def _with_range(self, lowest, highest):
+        return self.replace(opt_states=self.opt_states | {REWARD_RANGE: (lowest, highest)})
+
+    def begin_finetuning(self, labelled_batch, key):
+        rewards = labelled_batch['rewards']
+        return super().begin_finetuning(labelled_batch, key)._with_range(rewards.min(), rewards.max())
+
+    def finetune(self, batch, key, *, update_actor: bool):
+        lowest, highest = self.reward_range
+        seen = self._with_range(
+            jnp.minimum(lowest, batch['rewards'].min()), jnp.maximum(highest, batch['rewards'].max())
+        )
+        return super(LabelledRange, seen).finetune(batch, key, update_actor=update_actor)
+
+
+class ClipRewards(LabelledRange):
+    """R(s̃) is clipped to the range of the labels, wherever it is used; its gradient passes as if it were not."""
+
+    def predicted_rewards(self, params, features):
+        rewards = super().predicted_rewards(params, features)
+        return rewards + lax.stop_gradient(jnp.clip(rewards, *self.reward_range) - rewards)
+
+
+class BoundQ(LabelledRange):
+    """Targets of the critic, and Q as the actor sees it, are clipped to what rewards within the labels' range allow."""
+
+    @property
+    def _value_range(self):
+        return diagnostics.value_range(self.reward_range, self.config.discount)
+
+    def q_targets(self, params, batch, key):
+        return jnp.clip(super().q_targets(params, batch, key), *self._value_range)
+
+    def q_values(self, observations, actions):
+        return jnp.clip(super().q_values(observations, actions), *self._value_range)
+
+
+class ClipAtEnd:
+    """Flow samples are clipped once, after the last Euler step, instead of after each."""
+
+    def sample_futures(self, params, noise, condition):
+        futures = euler_integrate(
+            lambda x, t: self.velocity(params, x, t, condition), noise, self.config.num_flow_steps
+        )
+        return futures if self.flow_bounds is None else jnp.clip(futures, *self.flow_bounds)
+
+
+class AbsorbingEnds:
+    """A transition that ends the task (mask 0) leads to s' for ever: the future term's sample is s', and its velocity
+    the one towards it."""
+
+    def future_term(self, batch, latents, times, key):
+        x, target = super().future_term(batch, latents, times, key)
+        next_states = self.features(self.target_params, batch['next_observations'])
+        noise = jax.random.normal(key, next_states.shape)  # That of the other rows' flows.
+        ends = batch['masks'][:, None] == 0
+        towards_it = times * next_states + (1 - times) * noise
+        return jnp.where(ends, towards_it, x), jnp.where(ends, next_states - noise, target)
+
+
+class FrozenField:
+    """Fine-tuning leaves the occupancy model, vector field and intention encoder, as pre-training made it."""
+
+    def _step(self, modules, loss_fn, batch, key):
+        if 'critic' in modules:
+            modules = [name for name in modules if name not in ('vector_field', *self.encoder_modules)]
+        return super()._step(modules, loss_fn, batch, key)
+
+
+class ClipGradients:
+    """The gradient of all modules together is clipped to a norm of 1 before Adam."""
+
+    def _step(self, modules, loss_fn, batch, key):
+        return super()._step(modules, lambda params: loss_fn(_with_clipped_gradient(params)), batch, key)
+
+
+@jax.custom_vjp
+def _with_clipped_gradient(params):
+    """`params`, whose gradient is clipped to a global norm of 1."""
+    return params
+
+
+def _clip(_, gradients):
+    return (optax.clip_by_global_norm(1.0).update(gradients, optax.EmptyState())[0],)
+
+
+_with_clipped_gradient.defvjp(lambda params: (params, None), _clip)
+
+
+STABILIZERS = {
+    'clip_rewards': ClipRewards,
+    'bound_q': BoundQ,
+    'clip_at_end': ClipAtEnd,
+    'absorbing_ends': AbsorbingEnds,
+    'cosine': Cosine,
+    'clip_gradients': ClipGradients,
+    'anneal_expectile': AnnealExpectile,
+    'frozen_field': FrozenField,
+}
+
+
+def validate_config(config):
+    """Raises UserError for a stabiliser that there is not, or one named twice, and for steps below 1."""
+    names = _names(config)
+    for name in names:
+        if name not in STABILIZERS or names.count(name) > 1:
+            raise UserError(
+                f'agent.stabilizer={config.stabilizer!r}: expected some of {", ".join(STABILIZERS)}, each once, joined '
+                "by '+'"
+            )
+    common.require_at_least(1, config, 'stabilizer_steps')
+
+
+def stabilized(agent_class, config):
+    """`agent_class` with the configured stabilisers in front; itself where there are none, or they are there."""
+    if issubclass(agent_class, tuple(STABILIZERS.values())):
+        return agent_class
+    return _stabilized(agent_class, _names(config))
+
+
+def _names(config) -> tuple[str, ...]:
+    return tuple(config.stabilizer.split('+')) if config.stabilizer else ()
+
+
+@functools.cache  # One class for each choice: compiled programs know their agents by class.
+def _stabilized(agent_class, names):
+    if not names:
+        return agent_class
+    return type(agent_class.__name__, (*(STABILIZERS[name] for name in names), agent_class), {})
