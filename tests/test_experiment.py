@@ -103,6 +103,13 @@ def test_kept_checkpoints_are_the_end_of_pretraining_and_the_end(finished):
     assert {path.name for path in (config.run_dir / 'checkpoints').iterdir()} == {'24', '48'}
 
 
+def test_checkpoints_that_stay_on_the_way(tmp_path):
+    config = make_config(tmp_path, '--finetuning_steps=0', '--keep_interval=8', '--save_interval=24')
+    with make_experiment(config) as experiment:
+        experiment.pretrain()
+    assert {path.name for path in (config.run_dir / 'checkpoints').iterdir()} == {'8', '16', '24'}
+
+
 def test_config_and_summary(finished):
     config, *_ = finished
     saved = json.loads((config.run_dir / 'config.json').read_text())

@@ -161,6 +161,7 @@ def test_the_first_log_lines_say_what_came_from_where():
         (['--num_seeds=0'], '--num_seeds=0: expected a positive number'),
         (['--seed=-1'], '--seed=-1: expected 0 or more'),
         (['--seed=2147483647', '--num_seeds=2'], 'seeds go up to 2147483647'),
+        (['--keep_interval=-1'], '--keep_interval=-1: expected 0 or more'),
         (['--eval_workers=-2'], '--eval_workers=-2: expected 0 or more'),
         (['--p_aug=0.5'], '--p_aug=0.5 .*for image tasks'),
         (['--frame_stack=3'], '--frame_stack=3: .*for image tasks'),
@@ -248,6 +249,7 @@ def test_refused_while_parsing(argument, message):
         (['--preset=small', '--pretraining_steps=1200', '--finetuning_steps=800'], (200, 2_000, 1_000)),
         (['--preset=small', '--eval_interval=500'], (250, 500, 1_000)),
         (['--preset=small', '--save_interval=300', '--eval_interval=200'], (100, 200, 300)),
+        (['--preset=small', '--keep_interval=300'], (100, 2_000, 1_000)),
         (['--preset=small', '--log_interval=500'], (500, 2_000, 1_000)),
         (['--preset=small', '--log_interval=1000'], (1_000, 2_000, 1_000)),
         (['--preset=small', '--pretraining_steps=0'], (250, 2_000, 1_000)),
@@ -273,7 +275,7 @@ def test_largest_divisor(number, block, limit):
     assert largest_divisor(number, block, limit) == max(divisors, default=block)
 
 
-COUNTS = ('pretraining_steps', 'finetuning_steps', 'log_interval', 'eval_interval', 'save_interval')
+COUNTS = ('pretraining_steps', 'finetuning_steps', 'log_interval', 'eval_interval', 'save_interval', 'keep_interval')
 
 
 @settings(max_examples=300, deadline=None)
@@ -285,7 +287,7 @@ COUNTS = ('pretraining_steps', 'finetuning_steps', 'log_interval', 'eval_interva
 )
 def test_fitted_intervals_divide_everything_or_are_refused(counts, explicit, block, unit):
     values = {name: count * unit for name, count in zip(COUNTS, counts, strict=True)}
-    values |= {name: max(values[name], 1) for name in COUNTS[2:]} | {'chunk_size': 0}
+    values |= {name: max(values[name], 1) for name in COUNTS[2:5]} | {'chunk_size': 0}
     block = block if values['finetuning_steps'] else 1
     try:
         fitted = values | fit_intervals(values, explicit, block)
@@ -295,7 +297,7 @@ def test_fitted_intervals_divide_everything_or_are_refused(counts, explicit, blo
     assert all(fitted[name] == values[name] for name in explicit)
     assert all(fitted[name] % fitted['log_interval'] == 0 for name in COUNTS)
     assert fitted['log_interval'] % block == 0
-    assert all(fitted[name] > 0 for name in COUNTS[2:])
+    assert all(fitted[name] > 0 for name in COUNTS[2:5])
     if 'log_interval' not in explicit:
         assert fitted['log_interval'] <= max(values['log_interval'], block)
 

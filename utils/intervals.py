@@ -28,7 +28,8 @@ def fit_intervals(values: Mapping[str, int], explicit: Collection[str], block: i
     """The log, evaluation and save intervals, made to fit the step counts where the user left them open.
 
     Args:
-        values: pretraining_steps, finetuning_steps, log_interval, eval_interval, save_interval, chunk_size (0: open).
+        values: pretraining_steps, finetuning_steps, log_interval, eval_interval, save_interval, keep_interval (0:
+            none), chunk_size (0: open).
         explicit: names that the user set; these never change.
         block: updates that cannot be parted (`actor_freq`, or 1 without fine-tuning).
 
@@ -37,6 +38,7 @@ def fit_intervals(values: Mapping[str, int], explicit: Collection[str], block: i
     """
     steps = {name: values[name] for name in ('pretraining_steps', 'finetuning_steps') if values[name]}
     counted = steps | {name: values[name] for name in ('eval_interval', 'save_interval') if name in explicit}
+    counted |= {'keep_interval': values['keep_interval']} if values['keep_interval'] else {}
     actor_freq = f'--agent.actor_freq={block}'
     if 'log_interval' in explicit:
         log_interval = values['log_interval']

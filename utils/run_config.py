@@ -21,9 +21,9 @@ DEFAULT = 'default'
 OPERATIONAL_FLAGS = frozenset(
     {
         'save_dir', 'run_group', 'run_name', 'restore_path', 'dataset_dir', 'dataset_location', 'chunk_size',
-        'save_interval', 'eval_workers', 'eval_async', 'video_episodes', 'video_frame_skip', 'wandb_mode', 'nan_policy',
-        'compilation_cache', 'profile', 'mesh_seeds', 'mesh_batch', 'distributed', 'coordinator_address',
-        'num_processes', 'process_id',
+        'save_interval', 'keep_interval', 'eval_workers', 'eval_async', 'video_episodes', 'video_frame_skip',
+        'wandb_mode', 'nan_policy', 'compilation_cache', 'profile', 'mesh_seeds', 'mesh_batch', 'distributed',
+        'coordinator_address', 'num_processes', 'process_id',
     }
 )  # fmt: skip
 MAX_SEED = 2**31 - 1
@@ -60,6 +60,9 @@ class RunConfig:
     log_interval: int = _flag(None, 'Updates from one line of metrics to the next.', minimum=1, preset=True)
     eval_interval: int = _flag(None, 'Fine-tuning updates from one evaluation to the next.', minimum=1, preset=True)
     save_interval: int = _flag(None, 'Updates from one checkpoint to the next.', minimum=1, preset=True)
+    keep_interval: int = _flag(
+        0, 'Updates of a phase from one checkpoint that stays to the next; 0: the ends of the phases stay.', minimum=0
+    )
     chunk_size: int = _flag(0, 'Updates compiled into one device call; 0 chooses.', minimum=0)
 
     eval_episodes: int = _flag(None, 'Episodes per seed and evaluation; 0 never evaluates.', minimum=0, preset=True)
