@@ -1,0 +1,123 @@
+"""How well runs know the future over training: the energy distance at every checkpoint that they kept.
+
+    python pretrain.py --env_name=… --keep_interval=5000 --run_group=occupancy --run_name=ours_sd0
+    python -m benchmarks.occupancy exp/occupancy [--num_states=256] [--output=exp/occupancy/results]
+
+For every run under a directory, each of its seeds and kept checkpoints: `utils.occupancy.occupancy_report` on the
+held-out file of its first phase, on the same states and with the same random numbers for all. Writes `occupancy.csv`
+and `occupancy.png`, runs that differ only in their seed (`_sd<seed>` at the end of the name) as one line with a band of
+one standard deviation, and prints a Markdown table of their means.
+"""
+
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import flags
+from tqdm import tqdm
+
+from utils import cli, occupancy, plots
+from utils.collected_runs import find_runs
+from utils.errors import UserError
+from utils.inspect import open_run
+from utils.runs import require_writable, write_csv
+
+FLAGS = flags.FLAGS
+
+NUM_FUTURES = 128
+# Drawn and printed: what the critic's targets take, and what a random state of the data would score.
+SHOWN = ('flow, z from the prior', 'marginal')
+COLUMNS = ('run', 'seed', 'phase', 'step', 'predictor', 'energy_distance', 'energy_distance_error')
+
+
+def label_of(run: str) -> str:
+    """A run's name without its seeds."""
+    return re.sub(r'_sd\d+(-\d+)?$', '', run)
+
+
+def score_run(directory: Path, num_states: int, dataset_dir: str | None = None) -> list[tuple]:
+    """A row of `COLUMNS` for each seed, kept checkpoint and predictor of one run, in that order.
+
+    Raises:
+        UserError: it is no run, or its agent has no occupancy model.
+    """
+    rows, key = [], jax.random.key(0)
+    config = open_run(directory).config
+    for seed in range(config['seed'], config['seed'] + config['num_seeds']):
+        look = open_run(directory, seed, dataset_dir)
+        look.raw = look.load_raw(look.phase)
+        for path in look.checkpoints:
+            look.agent, look.normalizer, meta = look.load_agent(path)
+            if not occupancy.models_occupancy(look.agent):
+                raise UserError(f'{directory}: {config["agent_name"]} has no model of future states')
+            report = occupancy.occupancy_report(
+                look.agent, look.make_dataset(look.raw), key, num_states=num_states, num_samples=NUM_FUTURES
+            )
+            for predictor, scores in report.items():
+                values = scores['energy_distance'], scores['energy_distance_error']
+                rows.append((directory.name, seed, meta['phase'], meta['step'], predictor, *values))
+    return rows
+
+
+def lines(rows, predictor: str) -> dict[str, list[tuple[np.ndarray, np.ndarray]]]:
+    """{label: (steps, energy distances) of each of its seeds}."""
+    curves: dict[str, dict] = {}
+    for run, seed, _, step, which, distance, _ in rows:
+        if which == predictor:
+            curves.setdefault(label_of(run), {}).setdefault((run, seed), []).append((step, distance))
+    return {label: [tuple(np.array(x) for x in zip(*c)) for c in of.values()] for label, of in curves.items()}
+
+
+def table(rows) -> str:
+    """Markdown: a row for each label and predictor shown, a column for each step; mean ± standard deviation over
+    seeds."""
+    steps = sorted({row[3] for row in rows})
+    head = ['run', 'predictor', *(f'{step:,}' for step in steps)]
+    output = [head, ['---'] * len(head)]
+    for predictor in SHOWN:
+        for label, curves in lines(rows, predictor).items():
+            cells = []
+            for step in steps:
+                values = [y[x == step][0] for x, y in curves if (x == step).any()]
+                spread = f' ± {np.std(values, ddof=1):.3f}' if len(values) > 1 else ''
+                cells.append(f'{np.mean(values):.3f}{spread}' if values else '')
+            output.append([label, predictor, *cells])
+    return '\n'.join(f'| {" | ".join(row)} |' for row in output)
+
+
+def draw(rows, path: Path) -> None:
+    """The predictors shown over training; the marginal, which hardly moves, dotted."""
+    figure, (axis,) = plots.panels(1, columns=1, size=(6.0, 3.4))
+    for predictor, style in zip(SHOWN, ('-', ':')):
+        for position, (label, curves) in enumerate(lines(rows, predictor).items()):
+            name = label if style == '-' else f'{label}: random states'
+            plots.draw_band(axis, curves, color=plots.color(position), style=style, label=name)
+    axis.set_xlabel('updates')
+    axis.set_ylabel('energy distance')
+    axis.set_ylim(bottom=0)
+    plots.count_in_thousands(axis)
+    plots.legend(figure, [axis])
+    plots.save(figure, path)
+    plots.close(figure)
+
+
+def main(argv):
+    directory = Path(argv[1]).expanduser()
+    runs = sorted(find_runs(directory))
+    if not runs:
+        raise UserError(f'no run in {directory}: expected directories that main.py or pretrain.py made')
+    output = require_writable(Path(FLAGS.output).expanduser() if FLAGS.output else directory / 'results')
+    rows = []
+    for run in tqdm(runs, unit='run'):
+        rows += score_run(run, FLAGS.num_states, FLAGS.dataset_dir)
+    write_csv(output / 'occupancy.csv', COLUMNS, rows)
+    draw(rows, output / 'occupancy.png')
+    print(table(rows))
+
+
+if __name__ == '__main__':
+    flags.DEFINE_string('dataset_dir', None, 'Folder of the data files (default: where the runs had them).')
+    flags.DEFINE_string('output', None, 'Where the CSV and the figure go (default: results/ in the directory).')
+    flags.DEFINE_integer('num_states', 256, 'Held-out states.', lower_bound=1)
+    cli.run(main, positional=('directory of runs',))
