@@ -301,7 +301,7 @@ class InFOMAgent(flax.struct.PyTreeNode):
         def init(name, module, *inputs, **kwargs):
             params[name] = module.init(keys[name], *inputs, **kwargs)['params']
 
-        encoder = make_encoder(config.encoder)
+        encoder = make_encoder(config.encoder)  # A definition: each network that holds it has parameters of its own.
         features = observations
         if encoder is not None:
             init('encoder', encoder, observations)
@@ -310,8 +310,9 @@ class InFOMAgent(flax.struct.PyTreeNode):
         intention_encoder = None
         if intentions.origin(config) == 'variational':
             sizes = (config.latent_dim, config.intention_encoder_hidden_dims, config.intention_encoder_layer_norm)
-            intention_encoder = IntentionEncoder(*sizes, encoder=make_encoder(config.encoder))
+            intention_encoder = IntentionEncoder(*sizes, encoder=encoder)
             init('intention_encoder', intention_encoder, observations, actions)
+        critic_norm = config.value_layer_norm if config.critic_layer_norm is None else config.critic_layer_norm
         networks = Networks(
             vector_field=VectorField(
                 output_dim=features.shape[-1],
@@ -320,19 +321,10 @@ class InFOMAgent(flax.struct.PyTreeNode):
                 layer_norm=config.value_layer_norm,
             ),
             intention_encoder=intention_encoder,
-            critic=ScalarHead(
-                config.value_hidden_dims,
-                config.value_layer_norm if config.critic_layer_norm is None else config.critic_layer_norm,
-                num_ensembles=2,
-                encoder=make_encoder(config.encoder),
-            ),
+            critic=ScalarHead(config.value_hidden_dims, critic_norm, num_ensembles=2, encoder=encoder),
             reward=ScalarHead(config.reward_hidden_dims, config.reward_layer_norm),
             actor=GaussianActor(
-                actions.shape[-1],
-                hidden_dims=config.actor_hidden_dims,
-                layer_norm=config.actor_layer_norm,
-                const_std=config.const_std,
-                encoder=make_encoder(config.encoder),
+                actions.shape[-1], config.actor_hidden_dims, config.actor_layer_norm, config.const_std, encoder
             ),
             encoder=encoder,
         )
