@@ -22,7 +22,8 @@ SETTINGS = dict(
     stabilizer='',  # Names of `STABILIZERS`, joined by '+'.
     stabilizer_steps=50_000,  # Fine-tuning updates over which `cosine` and `anneal_expectile` run.
     critic_layer_norm=config_dict.placeholder(bool),  # The critic's own; None: value_layer_norm.
-    critic_weight_decay=0.0,  # Decoupled weight decay (AdamW) of the critic,
+    actor_weight_decay=0.0,  # Decoupled weight decay (AdamW) of the actor,
+    critic_weight_decay=0.0,  # of the critic,
     vector_field_weight_decay=0.0,  # and of the vector field.
 )
 
