@@ -120,6 +120,15 @@ def test_variants_are_told_by_what_differs(runs):
     assert {curve.env_name for curve in variants} == {CUBE.format(1)}
 
 
+def test_a_variant_in_a_number_and_a_choice_at_once_is_shown_with_the_others(runs):
+    assert list(figures.other_variants(collect(runs).curves)) == []
+    both = {'agent.num_flow_goals': 4, 'agent.intention_encoder': 'hilp'}
+    write_run(runs, 'v/both', {0: [0.0, 0.5, 0.5, 0.5]}, settings=both, explicit=list(both), env_name=CUBE.format(3))
+    ((agent, shown),) = figures.other_variants(collect(runs).curves)
+    assert agent == 'infom'
+    assert {'g/a', 'v/both', 'v/4', 'v/fb'} <= {curve.run for curve in shown}
+
+
 def test_a_sensitivity_panel_by_hand(runs, opened):
     ((agent, setting, variants),) = figures.sensitivities(collect(runs).curves)
     figure = figures.sensitivity_panels(agent, [(setting, variants)])

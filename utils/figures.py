@@ -4,9 +4,10 @@
     python -m utils.figures results/mine/results.csv
 
 Draws what the runs support: `domain_bars` and `curves_<suite>` always, `ablation_<agent>` where variants of an agent
-differ in a choice (a name, on or off), `sensitivity_<agent>` where they differ in a number. The first two show each
-agent without its variants, where it was run without. What counts as a run and as
-a method is the business of `utils/collected_runs.py`; colours and the drawing of curves, of `utils/plots.py`.
+differ in a choice (a name, on or off), `sensitivity_<agent>` where they differ in a number, `variants_<agent>` with all
+of them where one differs in both at once. The first two show each agent without its variants, where it was run without.
+What counts as a run and as a method is the business of `utils/collected_runs.py`; colours and the drawing of curves, of
+`utils/plots.py`.
 """
 
 from collections import defaultdict
@@ -114,6 +115,17 @@ def sensitivities(curves: Sequence[Curve]) -> Iterator[tuple[str, str, list[Curv
                 yield agent, setting, related
 
 
+def other_variants(curves: Sequence[Curve]) -> Iterator[tuple[str, list[Curve]]]:
+    """(agent, all its curves) for each agent with a variant that neither ablations nor sensitivities show."""
+    shown = [curve for _, related in ablations(curves) for curve in related]
+    shown += [curve for *_, related in sensitivities(curves) for curve in related]
+    shown = {curve.method for curve in shown}
+    for agent, of_agent in sorted(_by_agent(curves).items()):
+        methods = {curve.method for curve in of_agent}
+        if len(methods) > 1 and not methods <= shown | {method_title(agent, {})}:
+            yield agent, of_agent
+
+
 def sensitivity_panels(agent: str, panels: Sequence[tuple[str, list[Curve]]]):
     """A panel for each (setting, unit), a line for each task: mean score at each value, bars of one standard deviation.
 
@@ -167,6 +179,8 @@ def draw_all(curves: Sequence[Curve], output: Path, formats: Sequence[str]) -> l
             figures[f'curves_{suite}'] = lambda of_suite=of_suite: learning_curves(of_suite)
     for agent, variants in ablations(curves):
         figures[f'ablation_{agent}'] = lambda variants=variants: learning_curves(variants, columns=4)
+    for agent, variants in other_variants(curves):
+        figures[f'variants_{agent}'] = lambda variants=variants: learning_curves(variants, columns=4)
     panels: dict[str, list] = defaultdict(list)
     for agent, setting, related in sensitivities(curves):
         panels[agent].append((setting, related))
