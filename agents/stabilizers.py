@@ -1,7 +1,7 @@
 """Candidates against instability in long fine-tuning: each changes one thing of InFOM; all are off by default.
 
 `agent.stabilizer` names one, or several joined by '+'; each is a class in front of `InFOMAgent` that overrides what it
-changes. What they do to a run is measured in docs/stability.md. Shapes: B batch, S state features.
+changes. What is measured of them is in docs/stability.md. Shapes: B batch, S state features.
 """
 
 import functools
@@ -13,9 +13,8 @@ from jax import lax
 from ml_collections import config_dict
 
 from agents import common
-from utils import diagnostics
 from utils.errors import UserError
-from utils.flows import euler_integrate
+from utils.values import value_range
 
 # The settings that InFOM gains by this file.
 SETTINGS = dict(
@@ -105,7 +104,7 @@ class BoundQ(LabelledRange):
 
     @property
     def _value_range(self):
-        return diagnostics.value_range(self.reward_range, self.config.discount)
+        return value_range(self.reward_range, self.config.discount)
 
     def q_targets(self, params, batch, key):
         return jnp.clip(super().q_targets(params, batch, key), *self._value_range)
@@ -118,9 +117,8 @@ class ClipAtEnd:
     """Flow samples are clipped once, after the last Euler step, instead of after each."""
 
     def sample_futures(self, params, noise, condition):
-        futures = euler_integrate(
-            lambda x, t: self.velocity(params, x, t, condition), noise, self.config.num_flow_steps
-        )
+        unclipped = self.replace(flow_bounds=None)
+        futures = super(ClipAtEnd, unclipped).sample_futures(params, noise, condition)
         return futures if self.flow_bounds is None else jnp.clip(futures, *self.flow_bounds)
 
 

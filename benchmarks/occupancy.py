@@ -43,17 +43,16 @@ def score_run(directory: Path, num_states: int, dataset_dir: str | None = None) 
         UserError: it is no run, or its agent has no occupancy model.
     """
     rows, key = [], jax.random.key(0)
-    config = open_run(directory).config
-    for seed in range(config['seed'], config['seed'] + config['num_seeds']):
-        look = open_run(directory, seed, dataset_dir)
-        look.raw = look.load_raw(look.phase)
+    look = open_run(directory, dataset_dir=dataset_dir)
+    raw = look.load_raw(look.phase)
+    for seed in range(look.config['seed'], look.config['seed'] + look.config['num_seeds']):
+        look.seed = seed
         for path in look.checkpoints:
-            look.agent, look.normalizer, meta = look.load_agent(path)
-            if not occupancy.models_occupancy(look.agent):
-                raise UserError(f'{directory}: {config["agent_name"]} has no model of future states')
-            report = occupancy.occupancy_report(
-                look.agent, look.make_dataset(look.raw), key, num_states=num_states, num_samples=NUM_FUTURES
-            )
+            agent, look.normalizer, meta = look.load_agent(path)
+            if not occupancy.models_occupancy(agent):
+                raise UserError(f'{directory}: {look.config["agent_name"]} has no model of future states')
+            held_out = look.make_dataset(raw)  # By the checkpoint's own normaliser.
+            report = occupancy.occupancy_report(agent, held_out, key, num_states, NUM_FUTURES)
             for predictor, scores in report.items():
                 values = scores['energy_distance'], scores['energy_distance_error']
                 rows.append((directory.name, seed, meta['phase'], meta['step'], predictor, *values))

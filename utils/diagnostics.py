@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from utils import datasets, occupancy
+from utils.values import value_range
 
 
 class Ranges(NamedTuple):
@@ -40,13 +41,6 @@ def excess(values, lower, upper):
 def gradient_norms(grads):
     """{gradient_norm/<module>: Euclidean norm of the module's gradient}."""
     return {f'gradient_norm/{name}': optax.tree.norm(gradient) for name, gradient in grads.items()}
-
-
-def value_range(rewards, discount: float):
-    """(lowest, highest) Q that rewards within `rewards` allow, for episodes that end and episodes that do not."""
-    lowest, highest = rewards
-    horizon = 1 / (1 - discount)
-    return jnp.minimum(lowest, lowest * horizon), jnp.maximum(highest, highest * horizon)
 
 
 def value_diagnostics(agent, batch, modes, ranges: Ranges):

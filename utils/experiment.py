@@ -246,25 +246,26 @@ class Experiment:
                         self._interval_began, self._untimed = time.perf_counter(), self._untimed + 1
                 if in_flight is not None:
                     self._collect(*in_flight, bar)
-                logs, saves = self.phase_step % config.log_interval == 0, self.phase_step % config.save_interval == 0
-                keeps = config.keep_interval > 0 and self.phase_step % config.keep_interval == 0
-                evaluates = phase == 'finetuning' and self.phase_step % config.eval_interval == 0
                 ends = self.phase_step >= total
+                logs = self.phase_step % config.log_interval == 0
+                keeps = ends or (config.keep_interval > 0 and self.phase_step % config.keep_interval == 0)
+                saves = keeps or self.phase_step % config.save_interval == 0
+                evaluates = phase == 'finetuning' and self.phase_step % config.eval_interval == 0
                 validated = None
                 if logs or ends:  # Before the next chunk: it is given the agents' buffers.
                     validated = validate(self.agents, validation, ranges, validation_keys, np.int32(self.phase_step))
                 in_flight = (self.phase_step, metrics, validated)
                 if logs and jax.process_count() > 1:
                     self._stop_signal = processes.agree(self._signal or 0) or None
-                if evaluates or saves or keeps or ends or self._stop_signal:
+                if evaluates or saves or self._stop_signal:
                     self._collect(*in_flight, bar)
                     in_flight = None
                     paused = time.perf_counter()
                     due = phase == 'finetuning' and (evaluates or ends) and not self._evaluate(overlap=not ends)
                     if not due:
                         self._finish_evaluation()  # Of an earlier step, which is not what a checkpoint would hold.
-                    if saves or keeps or ends or self._stop_signal:
-                        self._save(keep=keeps or ends, evaluation_due=due)
+                    if saves or self._stop_signal:
+                        self._save(keep=keeps, evaluation_due=due)
                     self._paused += time.perf_counter() - paused
                     processes.wait_for_all()
                     if self._stop_signal:

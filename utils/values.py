@@ -1,6 +1,8 @@
-"""What an agent's critics say along a trajectory, and what really came: pure functions, no files and no figures."""
+"""What an agent's critics say along a trajectory, what really came, and what values are possible: pure functions, no
+files and no figures."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -17,6 +19,13 @@ def discounted_returns(rewards, discount: float, masks=None) -> np.ndarray:
     for t in range(len(rewards) - 2, -1, -1):
         returns[t] = rewards[t] + factors[t] * returns[t + 1]
     return returns
+
+
+def value_range(rewards, discount: float):
+    """(lowest, highest) Q that rewards within `rewards` allow, for episodes that end and episodes that do not."""
+    lowest, highest = rewards
+    horizon = 1 / (1 - discount)
+    return jnp.minimum(lowest, lowest * horizon), jnp.maximum(highest, highest * horizon)
 
 
 def intention_values(agent, batch, key, num_intentions: int):
