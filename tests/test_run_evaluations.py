@@ -106,6 +106,7 @@ def test_killed_while_evaluating_and_resumed_equals_uninterrupted(reference, tmp
     def killed(*_, keep, evaluation_due=False):
         save(*_, keep=keep, evaluation_due=evaluation_due)
         if evaluation_due:
+            SlowEvaluator.training_goes_on.set()  # Whoever waits for the evaluation's thread need not wait for long.
             raise Killed
 
     save = Overlapping._save

@@ -134,20 +134,22 @@ def test_the_first_bad_step_is_named(data):
 @pytest.mark.parametrize('phase', training_phases())
 def test_batches_drawn_on_the_host_are_those_drawn_on_the_device(data, phase, monkeypatch):
     """In chunks of 8, and in the shorter ones that limited memory asks for."""
-    keys = training.stream_keys(SEEDS, phase)
-    expected, _ = chunk(create(data), data, phase, 0, 16)
+    keys, agents, drawn = training.stream_keys(SEEDS, phase), create(data), []
     batch_bytes = 2 * tiny.BATCH_SIZE * 4 * (2 * tiny.STATE_DIM + 2 * tiny.ACTION_DIM + 10)
-    for limit, length in ((1 << 20, 8), (5 * batch_bytes, 4)):
+    for limit, length in ((5 * batch_bytes, 4), (1 << 20, 8)):
         monkeypatch.setattr(batches, 'PREFETCHED_BYTES', limit)
-        agents = create(data)
         source = batches.HostBatches(data[phase], 8, agents=agents, keys=keys, block=2)
         assert source.n == length
         with contextlib.closing(source):
-            for start in range(0, 16, length):
-                agents, _ = training.train_chunk(
-                    agents, source.chunk(start), keys, jnp.int32(start), phase=phase, n=length
-                )
-        assert_close(agents, expected)
+            drawn.append([source.chunk(start) for start in range(0, 16, length)])
+    of_chunks = [np.concatenate(leaves, axis=1) for leaves in zip(*map(jax.tree.leaves, drawn[0]), strict=True)]
+    for shorter, longer in zip(of_chunks, zip(*map(jax.tree.leaves, drawn[1]), strict=True), strict=True):
+        np.testing.assert_array_equal(shorter, np.concatenate(longer, axis=1))
+    expected = create(data)
+    for start, ready in zip((0, 8), drawn[1], strict=True):
+        expected, _ = chunk(expected, data, phase, start, 8)
+        agents, _ = training.train_chunk(agents, ready, keys, jnp.int32(start), phase=phase, n=8)
+    assert_close(agents, expected)
 
 
 def test_data_stay_on_the_host_where_the_device_has_no_room(data, monkeypatch):
