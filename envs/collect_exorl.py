@@ -28,6 +28,7 @@ from envs import (
 )
 from utils import cli
 from utils.errors import UserError
+from utils.progress import progress_bar
 
 POLICIES = ('random', 'ou', 'rnd')
 VERSIONED_PACKAGES = ('mujoco', 'dm_control', 'numpy')
@@ -148,7 +149,7 @@ class Progress:
         self.found = self.made = 0
 
     def __enter__(self):
-        self._bar = commands.progress_bar(f'{self._domain} {self._policy}', self._total, 'transitions')
+        self._bar = progress_bar(f'{self._domain} {self._policy}', self._total, 'transitions')
         self._began = time.monotonic()
         return self
 

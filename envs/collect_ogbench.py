@@ -23,6 +23,7 @@ from absl import flags
 from envs import OGBENCH_DOMAINS, commands, data, episode_parts, rendering, suggest, worker_pool
 from utils import cli
 from utils.errors import UserError
+from utils.progress import progress_bar
 
 SPLITS = {'pretrain': 'pretraining', 'finetune': 'finetuning'}
 DEFAULT_EPISODES = {'pretrain': {'train': 1000, 'val': 100}, 'finetune': {'train': 500, 'val': 50}}
@@ -140,7 +141,7 @@ def collect(
     began = time.monotonic()
     finished = worker_pool.run_jobs(make_writer, (env_name, episode_length + 1), jobs, workers)
     # Closing stops the workers at once, whatever ends the loop.
-    bar = commands.progress_bar(
+    bar = progress_bar(
         f'{env_name} {split}',
         total=(found + len(jobs)) * episode_length,
         unit='transitions',

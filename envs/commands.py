@@ -7,8 +7,6 @@ import signal
 import sys
 from pathlib import Path
 
-from tqdm import tqdm
-
 from envs import episode_parts
 from utils.errors import UserError
 
@@ -40,20 +38,6 @@ def run_interruptibly(command, advice: str) -> int | None:
 def say(line: str) -> None:
     """Prints a line at once."""
     print(line, flush=True)
-
-
-def progress_bar(desc: str, total: int, unit: str, initial: int = 0, disable: bool = False):
-    """A bar that a log file can bear, too."""
-    return tqdm(
-        desc=desc,
-        initial=initial,
-        total=total,
-        unit=f' {unit}',
-        unit_scale=True,
-        disable=disable,
-        mininterval=0.5 if sys.stderr.isatty() else 20.0,
-        smoothing=0.05,
-    )
 
 
 def is_finished(path: Path, settings: dict, overwrite: bool) -> bool:

@@ -33,6 +33,7 @@ from envs import (
 )
 from utils import cli
 from utils.errors import UserError
+from utils.progress import progress_bar
 
 # The sets in the order in which they take episodes, and how many transitions of each the published protocol has.
 SETS = (('pretraining', 'train'), ('finetuning', 'train'), ('finetuning', 'val'), ('pretraining', 'val'))
@@ -185,7 +186,7 @@ def _label(domain: str, wanted, workers: int) -> dict[str, dict[Path, np.ndarray
     labels: dict[str, dict[Path, np.ndarray]] = {}
     finished = worker_pool.run_jobs(make_labeller, (domain,), list(needed.items()), workers)
     total = sum(exorl_episodes.named_steps(path) * len(tasks) for path, tasks in needed.items())
-    bar = commands.progress_bar(f'{domain} labels', total, 'states', disable=not total)
+    bar = progress_bar(f'{domain} labels', total, 'states', disable=not total)
     # Closing stops the workers at once, whatever ends the loop.
     with contextlib.closing(finished), bar:
         for (path, tasks), rewards in finished:
@@ -202,7 +203,7 @@ def _write_set(
     rows = exorl_episodes.named_steps(episodes[0]) + 1
     total = rows * len(episodes)
     observation_size, action_size = EXORL_SIZES[domain]
-    bar = commands.progress_bar(target.name, (3 if with_physics else 2) * len(episodes), 'reads')
+    bar = progress_bar(target.name, (3 if with_physics else 2) * len(episodes), 'reads')
 
     def each(name):
         for path in episodes:

@@ -19,6 +19,7 @@ from absl import flags
 from envs import EXORL_TASKS, commands, exorl_episodes, resumable_download
 from utils import cli
 from utils.errors import UserError
+from utils.progress import progress_bar
 
 BASE_URL = 'https://dl.fbaipublicfiles.com/exorl'
 MADE_BY = 'python -m envs.download_exorl'
@@ -130,8 +131,8 @@ def _unpack(archive_path: Path, buffer: Path) -> int:
         members = _episode_members(archive, archive_path)
         missing = [name for name, entry in members.items() if not _is_unpacked(buffer / name, entry)]
         resumable_download.check_room(buffer, sum(members[name].file_size for name in missing))
-        bar = commands.progress_bar(
-            f'unpacking {archive_path.name}', len(members), 'episodes', len(members) - len(missing)
+        bar = progress_bar(
+            f'unpacking {archive_path.name}', len(members), 'episodes', initial=len(members) - len(missing)
         )
         with bar:
             for name in missing:

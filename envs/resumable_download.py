@@ -10,16 +10,14 @@ import os
 import re
 import shutil
 import ssl
-import sys
 import time
 import urllib.error
 import urllib.request
 import zipfile
 from pathlib import Path
 
-from tqdm import tqdm
-
 from utils.errors import UserError
+from utils.progress import progress_bar
 
 CHUNK_BYTES = 1 << 20
 TIMEOUT_SECONDS = 30.0
@@ -60,7 +58,7 @@ def fetch(url: str, path: Path, pause: float, kind: str) -> None:
     """
     partial = path.with_name(path.name + '.part')
     fruitless = 0
-    with tqdm(desc=path.name, unit='B', unit_scale=True, mininterval=0.5 if sys.stderr.isatty() else 20.0) as bar:
+    with progress_bar(path.name, None, 'B') as bar:
         while True:
             before = _size(partial)
             try:

@@ -112,7 +112,7 @@ def test_a_connection_that_breaks_off_is_continued(server, tmp_path):
 def test_a_killed_download_continues_where_it_stopped(server, tmp_path):
     server.break_after = 12_000
     partial = tmp_path / (NAMES[0] + '.part')
-    bar = resumable_download.tqdm(disable=True)
+    bar = resumable_download.progress_bar('a file', None, 'B', disable=True)
     with pytest.raises(resumable_download.Interrupted):
         resumable_download._transfer(f'{server.url}/{NAMES[0]}', partial, bar)
     assert partial.stat().st_size == 12_000 and not (tmp_path / NAMES[0]).exists()

@@ -18,13 +18,13 @@ from pathlib import Path
 import jax
 import numpy as np
 from absl import logging
-from tqdm import tqdm
 
 import agents as agent_registry
 from utils import batches, checkpoints, datasets, devices, diagnostics, processes, resume, run_files, training
 from utils.errors import TrainingDiverged, UserError
 from utils.normalizers import Normalizer
 from utils.profiling import Profile
+from utils.progress import progress_bar
 from utils.run_evaluations import RunEvaluations
 from utils.run_log import RunLog, interval_lines
 
@@ -224,10 +224,9 @@ class Experiment:
         validation = devices.place(self._data[2], self.mesh)
         validation_keys = devices.place(training.stream_keys(self.seeds, 'validation'), self.mesh, 'seed')
         validate = None
-        bar = tqdm(
-            total=total, initial=self.phase_step, desc=phase, unit='update', dynamic_ncols=True, smoothing=0.1,
-            disable=not processes.is_first(),
-        )  # fmt: skip
+        bar = progress_bar(
+            phase, total, 'updates', initial=self.phase_step, unit_scale=False, disable=not processes.is_first()
+        )
         in_flight = None  # (end step, device metrics, validation metrics or None) of the chunk that is running.
         self._interval_began, self._paused, self._untimed = time.perf_counter(), 0.0, len(self._partial)
         profile = Profile(self.directory / 'profile' / phase, config.profile if processes.is_first() else 0)
@@ -300,7 +299,8 @@ class Experiment:
         self._partial = []
         bar.set_postfix(
             {'updates/s': f'{updates_per_second:.0f}'}
-            | ({} if self._last_return is None else {'return': self._last_return})
+            | ({} if self._last_return is None else {'return': self._last_return}),
+            refresh=False,
         )
 
     @property
