@@ -17,7 +17,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from utils import cli, occupancy, plots
+from utils import cli, plots
 from utils.collected_runs import find_runs
 from utils.errors import UserError
 from utils.inspect import open_run
@@ -47,12 +47,7 @@ def score_run(directory: Path, num_states: int, dataset_dir: str | None = None) 
     raw = look.load_raw(look.phase)
     for seed in range(look.config['seed'], look.config['seed'] + look.config['num_seeds']):
         look.seed = seed
-        for path in look.checkpoints:
-            agent, look.normalizer, meta = look.load_agent(path)
-            if not occupancy.models_occupancy(agent):
-                raise UserError(f'{directory}: {look.config["agent_name"]} has no model of future states')
-            held_out = look.make_dataset(raw)  # By the checkpoint's own normaliser.
-            report = occupancy.occupancy_report(agent, held_out, key, num_states, NUM_FUTURES)
+        for meta, report in look.score_occupancy(raw, key, num_states, NUM_FUTURES):
             for predictor, scores in report.items():
                 values = scores['energy_distance'], scores['energy_distance_error']
                 rows.append((directory.name, seed, meta['phase'], meta['step'], predictor, *values))

@@ -69,17 +69,32 @@ class Look:
             return custom.load_raw(self.task.dataset_env, phase, 'val')
         return data.load_raw(self.task.name, phase, 'val', self.dataset_dir)
 
-    def make_dataset(self, raw: dict):
-        """Rows as the agent sees them, on the device."""
+    def make_dataset(self, raw: dict, normalizer=None):
+        """Rows as the agent sees them, on the device; by the normaliser of the newest checkpoint if none is given."""
         import jax
 
         from utils.datasets import Dataset
 
+        normalizer = self.normalizer if normalizer is None else normalizer
         return jax.device_put(
             Dataset.create(
-                raw, self.normalizer, reward_at=self.task.reward_at, frame_stack=self.config.get('frame_stack', 1)
+                raw, normalizer, reward_at=self.task.reward_at, frame_stack=self.config.get('frame_stack', 1)
             )
         )
+
+    def score_occupancy(self, raw: dict, key, num_states: int, num_samples: int):
+        """Yields (metadata, `occupancy.occupancy_report`) of every kept checkpoint on held-out rows, oldest first.
+
+        Each checkpoint sees the rows by its own normaliser. Raises UserError where the agent models no occupancy.
+        """
+        from utils import occupancy
+
+        for path in self.checkpoints:
+            agent, normalizer, meta = self.load_agent(path)
+            if not occupancy.models_occupancy(agent):
+                raise UserError(f'{self.directory}: {self.config["agent_name"]} has no model of future states')
+            rows = self.make_dataset(raw, normalizer)
+            yield meta, occupancy.occupancy_report(agent, rows, key, num_states, num_samples)
 
 
 def open_run(directory, seed=None, dataset_dir=None, num_states=3) -> Look:

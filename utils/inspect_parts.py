@@ -277,12 +277,9 @@ def occupancy(look, report):
     """Distances between sampled and true futures at every kept checkpoint."""
     if no_occupancy(look, report):
         return
-    steps = [int(path.name) for path in look.checkpoints]
-    reports = []
-    for path in look.checkpoints:
-        agent = look.agent if path == look.checkpoints[-1] else look.load_agent(path)[0]
-        sizes = {'num_states': NUM_SCORED_STATES, 'num_samples': NUM_SCORED_FUTURES}
-        reports.append(occupancies.occupancy_report(agent, look.dataset, _key(2), **sizes))
+    scored = look.score_occupancy(look.raw, _key(2), NUM_SCORED_STATES, NUM_SCORED_FUTURES)
+    metas, reports = zip(*scored, strict=True)
+    steps = [meta['step'] for meta in metas]
     report.text(
         'At held-out states: how far samples of the flow are from the states that really came, at geometrically '
         'distributed times, in the same trajectory (normalised observations; lower is better; ± one standard error). '
