@@ -68,38 +68,40 @@ def without_times(run_directory):
     return [{k: v for k, v in row.items() if not k.startswith('time/')} for row in rows]
 
 
-def test_smoke_run_with_video_and_offline_wandb(environment, data, tmp_path):
-    result = start(
-        environment, 'main.py', data, tmp_path, '--video_episodes=1', '--wandb_mode=offline', '--eval_workers=2'
-    )
+LENGTHS = (
+    '--pretraining_steps=48', '--finetuning_steps=48', '--log_interval=8', '--save_interval=8', '--eval_interval=24',
+)  # fmt: skip
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(environment, data, tmp_path_factory):
+    """The directory of a run of main.py from its beginning to its end, with everything on that it may write."""
+    directory = tmp_path_factory.mktemp('uninterrupted')
+    extras = '--video_episodes=1', '--wandb_mode=offline', '--eval_workers=2'
+    result = start(environment, 'main.py', data, directory, *LENGTHS, *extras)
     assert result.returncode == 0, result.stderr
-    run_directory = tmp_path / 'g' / 'r'
-    rows = runs.read_metrics(run_directory / 'metrics.jsonl')
+    return directory / 'g' / 'r'
+
+
+def test_smoke_run_with_video_and_offline_wandb(uninterrupted):
+    rows = runs.read_metrics(uninterrupted / 'metrics.jsonl')
     assert {row['phase'] for row in rows} == {'pretraining', 'finetuning'}
     evaluations = [row for row in rows if 'evaluation/episode.success' in row]
-    assert [row['step'] for row in evaluations] == [40, 80]
+    assert [row['step'] for row in evaluations] == [48, 72, 96]
     assert all(0 < row['evaluation/episode.length'] <= 200 for row in evaluations)
-    assert json.loads((run_directory / 'summary.json').read_text())['steps'] == {'pretraining': 40, 'finetuning': 80}
-    assert (run_directory / 'videos' / 'step_80.mp4').stat().st_size > 1000
-    assert list((run_directory / 'wandb').glob('offline-run-*')), 'the copy for wandb sync'
+    assert json.loads((uninterrupted / 'summary.json').read_text())['steps'] == {'pretraining': 48, 'finetuning': 96}
+    assert (uninterrupted / 'videos' / 'step_96.mp4').stat().st_size > 1000
+    assert list((uninterrupted / 'wandb').glob('offline-run-*')), 'the copy for wandb sync'
 
 
 @pytest.mark.slow
-def test_killed_twice_and_resumed_equals_uninterrupted(environment, data, tmp_path):
+def test_killed_twice_and_resumed_equals_uninterrupted(environment, data, tmp_path, uninterrupted):
     """kill −9 in each phase, then the same command: the same bits in the last checkpoint, the same metrics, each step
-    once."""
-    lengths = (
-        '--pretraining_steps=48',
-        '--finetuning_steps=48',
-        '--log_interval=8',
-        '--save_interval=8',
-        '--eval_interval=24',
-    )
-    assert start(environment, 'main.py', data, tmp_path / 'a', *lengths).returncode == 0
-    log = tmp_path / 'b' / 'g' / 'r' / 'metrics.jsonl'
+    once; neither videos, nor wandb, nor more workers play a part in either."""
+    log = tmp_path / 'g' / 'r' / 'metrics.jsonl'
     for lines in (3, 11):
         process = subprocess.Popen(
-            command('main.py', data, tmp_path / 'b', *lengths),
+            command('main.py', data, tmp_path, *LENGTHS),
             cwd=ROOT,
             env=environment,
             stdout=subprocess.DEVNULL,
@@ -111,11 +113,11 @@ def test_killed_twice_and_resumed_equals_uninterrupted(environment, data, tmp_pa
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
-    resumed = start(environment, 'main.py', data, tmp_path / 'b', *lengths)
+    resumed = start(environment, 'main.py', data, tmp_path, *LENGTHS)
     assert resumed.returncode == 0, resumed.stderr
     assert 'own checkpoint' in resumed.stderr
-    assert arrays_of(tmp_path / 'b' / 'g' / 'r') == arrays_of(tmp_path / 'a' / 'g' / 'r')
-    assert without_times(tmp_path / 'b' / 'g' / 'r') == without_times(tmp_path / 'a' / 'g' / 'r')
+    assert arrays_of(tmp_path / 'g' / 'r') == arrays_of(uninterrupted)
+    assert without_times(tmp_path / 'g' / 'r') == without_times(uninterrupted)
 
 
 @pytest.mark.slow
