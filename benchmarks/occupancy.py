@@ -44,10 +44,10 @@ def score_run(directory: Path, num_states: int, dataset_dir: str | None = None) 
     """
     rows, key = [], jax.random.key(0)
     look = open_run(directory, dataset_dir=dataset_dir)
-    raw = look.load_raw(look.phase)
+    look.load()
     for seed in range(look.config['seed'], look.config['seed'] + look.config['num_seeds']):
         look.seed = seed
-        for meta, report in look.score_occupancy(raw, key, num_states, NUM_FUTURES):
+        for meta, report in look.score_occupancy(key, num_states, NUM_FUTURES):
             for predictor, scores in report.items():
                 values = scores['energy_distance'], scores['energy_distance_error']
                 rows.append((directory.name, seed, meta['phase'], meta['step'], predictor, *values))

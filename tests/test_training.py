@@ -142,9 +142,8 @@ def test_batches_drawn_on_the_host_are_those_drawn_on_the_device(data, phase, mo
         assert source.n == length
         with contextlib.closing(source):
             drawn.append([source.chunk(start) for start in range(0, 16, length)])
-    of_chunks = [np.concatenate(leaves, axis=1) for leaves in zip(*map(jax.tree.leaves, drawn[0]), strict=True)]
-    for shorter, longer in zip(of_chunks, zip(*map(jax.tree.leaves, drawn[1]), strict=True), strict=True):
-        np.testing.assert_array_equal(shorter, np.concatenate(longer, axis=1))
+    of_four, of_eight = [jax.tree.map(lambda *xs: np.concatenate(xs, axis=1), *chunks) for chunks in drawn]
+    jax.tree.map(np.testing.assert_array_equal, of_four, of_eight)
     expected = create(data)
     for start, ready in zip((0, 8), drawn[1], strict=True):
         expected, _ = chunk(expected, data, phase, start, 8)

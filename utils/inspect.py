@@ -82,10 +82,19 @@ class Look:
             )
         )
 
-    def score_occupancy(self, raw: dict, key, num_states: int, num_samples: int):
-        """Yields (metadata, `occupancy.occupancy_report`) of every kept checkpoint on held-out rows, oldest first.
+    def load(self) -> dict:
+        """Loads the newest agent and the held-out data; returns the checkpoint's metadata."""
+        self.agent, self.normalizer, meta = self.load_agent(self.checkpoints[-1])
+        self.trained_on = meta['phase']
+        self.raw = self.load_raw(self.phase)
+        self.dataset = self.make_dataset(self.raw)
+        return meta
 
-        Each checkpoint sees the rows by its own normaliser. Raises UserError where the agent models no occupancy.
+    def score_occupancy(self, key, num_states: int, num_samples: int):
+        """Yields (metadata, `occupancy.occupancy_report`) of every kept checkpoint on the held-out rows, oldest first.
+
+        Each checkpoint sees the rows by its own normaliser; almost always it is the newest one's, and the rows are
+        those that `load` has put on the device. Raises UserError where the agent models no occupancy.
         """
         from utils import occupancy
 
@@ -93,7 +102,8 @@ class Look:
             agent, normalizer, meta = self.load_agent(path)
             if not occupancy.models_occupancy(agent):
                 raise UserError(f'{self.directory}: {self.config["agent_name"]} has no model of future states')
-            rows = self.make_dataset(raw, normalizer)
+            known = normalizer.to_dict() == self.normalizer.to_dict()
+            rows = self.dataset if known else self.make_dataset(self.raw, normalizer)
             yield meta, occupancy.occupancy_report(agent, rows, key, num_states, num_samples)
 
 
@@ -126,11 +136,7 @@ def inspect_run(look: Look) -> Path:
     from utils import inspect_parts as parts  # With these JAX comes in, which takes seconds.
 
     runs.require_writable(look.directory / 'figures')
-    look.agent, look.normalizer, meta = look.load_agent(look.checkpoints[-1])
-    look.trained_on = meta['phase']
-    look.raw = look.load_raw(look.phase)
-    look.dataset = look.make_dataset(look.raw)
-
+    meta = look.load()
     report = Report(f'{look.config["agent_name"]} on {look.config["env_name"]}: {look.directory.name}')
     introduce(look, meta, report)
     sections = {

@@ -277,7 +277,7 @@ def occupancy(look, report):
     """Distances between sampled and true futures at every kept checkpoint."""
     if no_occupancy(look, report):
         return
-    scored = look.score_occupancy(look.raw, _key(2), NUM_SCORED_STATES, NUM_SCORED_FUTURES)
+    scored = look.score_occupancy(_key(2), NUM_SCORED_STATES, NUM_SCORED_FUTURES)
     metas, reports = zip(*scored, strict=True)
     steps = [meta['step'] for meta in metas]
     report.text(
