@@ -36,9 +36,9 @@ def data_dir(tmp_path_factory):
     return folder
 
 
-def make_run(folder, data_dir, agent_name, phases, num_seeds=1, dataset=None):
+def make_run(folder, data_dir, agent_name, phases, num_seeds=1, dataset=None, obs_norm_per_split=False):
     """A run directory as `utils.experiment` leaves one behind, of untrained tiny agents: a checkpoint after each
-    phase. dataset: of the user's own."""
+    phase. dataset: of the user's own. obs_norm_per_split: each phase's rows have a normaliser of their own."""
     if dataset:
         raw = {phase: custom.load_raw(dataset, phase, 'val') for phase in phases}
     else:
@@ -54,6 +54,8 @@ def make_run(folder, data_dir, agent_name, phases, num_seeds=1, dataset=None):
     settings |= {'env_name': envs.NO_ENV if dataset else TASK, 'dataset': dataset}
     with runs.MetricsLog(run / 'metrics.jsonl') as log, checkpoints.CheckpointWriter(run / 'checkpoints') as writer:
         for number, phase in enumerate(phases, start=1):
+            if obs_norm_per_split:
+                normalizer = Normalizer.fit(raw[phase]['observations'], 'normal')
             for seed in seeds:
                 log.write(10 * number - 5, phase, seed, {'training/loss': 2.0 / number, 'validation/loss': 3.0})
                 log.write(10 * number, phase, seed, {'training/loss': 1.0 / number, 'validation/loss': 2.5})

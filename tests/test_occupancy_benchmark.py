@@ -19,7 +19,7 @@ NUM_STATES = 3
 
 def test_every_seed_and_checkpoint_on_the_same_states(data_dir, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(benchmark, 'NUM_FUTURES', 8)
-    run = make_run(tmp_path, data_dir, 'infom', data.PHASES, num_seeds=2)
+    run = make_run(tmp_path, data_dir, 'infom', data.PHASES, num_seeds=2, obs_norm_per_split=True)
     rows = benchmark.score_run(run, NUM_STATES)
     places = [(phase, step) for phase, step in (('pretraining', 10), ('finetuning', 20)) for _ in occupancy.PREDICTORS]
     assert [row[:5] for row in rows] == [
