@@ -169,6 +169,32 @@ def test_unequal_lengths_are_never_averaged(tmp_path):
     }
 
 
+def test_runs_of_unequal_lengths_compare_at_a_common_one(tmp_path):
+    """Scores, the last values of metrics and results.csv are those that the longer run had then."""
+    write_run(tmp_path, 'g/long', {2: [0.1, 0.2, 0.3, 0.9, 0.9]}, explicit=['finetuning_steps'])
+    write_run(tmp_path, 'g/short', {3: [0.1, 0.2, 0.6]}, explicit=['finetuning_steps'])
+    write_run(tmp_path, 'g/shorter', {4: [0.1, 0.2]}, explicit=['finetuning_steps'])
+    tuned = write_run(tmp_path, 'g/tuned', {5: [0.0, 0.3, 0.6, 1.0]}, agent='iql', explicit=['finetuning_steps'])
+    config = json.loads((tuned / 'config.json').read_text())
+    config |= {'pretraining_steps': 0, 'start': {'steps_before': config['pretraining_steps']}}  # as finetune.py has it
+    (tuned / 'config.json').write_text(json.dumps(config))
+    collection = collect(tmp_path, finetuning_steps=200)
+    assert {curve.run: (curve.method, curve.steps[-1]) for curve in collection.curves} == {
+        'g/long': ('InFOM', 200),
+        'g/short': ('InFOM', 200),
+        'g/tuned': ('IQL', 200),
+    }
+    assert [curve.score for curve in collection.curves] == pytest.approx([20, 30, 30])
+    assert reason(collection, 'g/shorter') == 'it has 100 fine-tuning updates, fewer than 200'
+    assert collection.notes[0] == 'All runs as after 200 fine-tuning updates.'
+    long = next(run for run in collection.runs if run.name == 'g/long')
+    assert long.last[2]['evaluation/episode.success'] == 0.3
+    results.write_results(collection, tmp_path / 'results.csv', ['*'])
+    assert [line['step'] for line in rows_of(tmp_path / 'results.csv') if line['run'] == 'g/long'] == [
+        '100', '100', '200', '300',
+    ]  # fmt: skip
+
+
 def test_one_seed_in_two_runs_is_left_out_of_both(tmp_path):
     write_run(tmp_path, 'a/same', {0: [0.1, 0.2, 0.3], 1: [0.1, 0.2, 0.3]})
     write_run(tmp_path, 'b/same', {1: [0.9, 0.9, 0.9], 2: [0.1, 0.2, 0.3]})
@@ -386,6 +412,8 @@ def test_bad_input_ends_with_one_line_and_exit_code_2(two_methods, tmp_path):
         ([tmp_path / 'empty'], 'no run in'),
         ([], 'missing argument: <save_dir>'),
         ([two_methods, 'more'], "unexpected argument 'more'"),
+        ([two_methods, '--finetuning_steps=500'], 'g/a: it has 300 fine-tuning updates, fewer than 500'),
+        ([two_methods, '--finetuning_steps=0'], '--finetuning_steps'),
         ([two_methods, '--metrics=speed'], '--metrics=speed matches no metric: there are evaluation/episode.length'),
     ):
         result = command(*arguments)

@@ -4,10 +4,12 @@ has to be said of them.
 A run counts when it is finished and intact; all others are named with a reason. What the command line of a run chose
 (its explicit settings) makes the method; what the presets chose per task does not. Runs of one method on one task that
 differ in any other setting, or in their data, are told apart by it: two different things are never averaged.
+Runs of different lengths are compared at a common one: `collect(…, finetuning_steps=…)`.
 """
 
 import dataclasses
 import hashlib
+import math
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -20,7 +22,7 @@ import envs
 from envs import custom
 from utils.errors import UserError
 from utils.run_config import OPERATIONAL_FLAGS
-from utils.run_status import FINISHED, read_json, run_status
+from utils.run_status import FINISHED, read_json, run_start, run_status
 from utils.runs import read_metrics, score_summary
 
 COMMAND_LINE = 'command line'
@@ -97,6 +99,7 @@ class CollectedRun:
     directory: Path
     config: dict[str, Any]
     rows: dict[int, list[dict]]  # the evaluation lines of each seed
+    end: float  # the last step that counts
     explicit: dict[str, Any]  # settings that its command line chose
     resolved: dict[str, Any]  # all settings, and a digest of the data
     last: dict[int, dict[str, Any]]  # last value of every metric, by seed
@@ -154,8 +157,10 @@ def method_title(agent: str, settings: dict[str, Any]) -> str:
     return f'{AGENT_TITLES.get(agent, agent)} {parts}'.strip()
 
 
-def collect(directory: str | os.PathLike) -> Collection:
+def collect(directory: str | os.PathLike, finetuning_steps: int | None = None) -> Collection:
     """Everything under a directory that is a run.
+
+    finetuning_steps: count every run as if it had ended after so many updates; shorter ones are left out.
 
     Raises:
         UserError: no such directory, no run in it, or none that counts.
@@ -172,7 +177,7 @@ def collect(directory: str | os.PathLike) -> Collection:
     for path in found:
         name = str(path.relative_to(directory)) if path != directory else path.resolve().name
         try:
-            collected.append(_read_run(name, path))
+            collected.append(_read_run(name, path, finetuning_steps))
         except UserError as error:
             left_out.append((name, str(error)))
     _tell_methods_apart(collected)
@@ -183,7 +188,8 @@ def collect(directory: str | os.PathLike) -> Collection:
     if not curves:
         reasons = '; '.join(f'{name}: {reason}' for name, reason in left_out)
         raise UserError(f'no finished run with evaluations in {directory}: {reasons}')
-    return Collection(collected, curves, left_out, _notes(collected, curves))
+    notes = [f'All runs as after {finetuning_steps} fine-tuning updates.'] if finetuning_steps is not None else []
+    return Collection(collected, curves, left_out, notes + _notes(collected, curves))
 
 
 def find_runs(directory: Path) -> Iterator[Path]:
@@ -198,7 +204,7 @@ def find_runs(directory: Path) -> Iterator[Path]:
 # --- Reading ---
 
 
-def _read_run(name: str, directory: Path) -> CollectedRun:
+def _read_run(name: str, directory: Path, finetuning_steps: int | None) -> CollectedRun:
     """Raises `UserError` with the reason why the run does not count."""
     status = run_status(directory)
     if status != FINISHED:
@@ -208,9 +214,19 @@ def _read_run(name: str, directory: Path) -> CollectedRun:
         metric = SUITE_SCORES[suite_of(task_of(config))][0]
         seeds = range(config['seed'], config['seed'] + config['num_seeds'])
         explicit, resolved = _settings(config)
+        end = math.inf
+        if finetuning_steps is not None:
+            length = config['finetuning_steps']
+            if length < finetuning_steps:
+                raise UserError(f'it has {length} fine-tuning updates, fewer than {finetuning_steps}')
+            end = run_start(config) + config['pretraining_steps'] + finetuning_steps
+            explicit.pop('finetuning_steps', None)
+            resolved.pop('finetuning_steps', None)
         rows: dict[int, list[dict]] = {seed: [] for seed in seeds}
         last: dict[int, dict] = {seed: {} for seed in seeds}
         for row in read_metrics(directory / 'metrics.jsonl'):
+            if row['step'] > end:
+                continue
             last[row['seed']].update(row)
             if row['phase'] == 'finetuning' and row.get(metric) is not None:
                 rows[row['seed']].append(row)
@@ -225,7 +241,7 @@ def _read_run(name: str, directory: Path) -> CollectedRun:
             raise UserError(f'damaged: the evaluations of seed {seed} are not in the order of steps, each once')
         if steps != [row['step'] for row in rows[seeds[0]]]:
             raise UserError(f'damaged: the evaluations of seed {seed} are not at the steps of seed {seeds[0]}')
-    return CollectedRun(name, directory, config, rows, explicit, resolved, last)
+    return CollectedRun(name, directory, config, rows, end, explicit, resolved, last)
 
 
 def _settings(config: dict) -> tuple[dict[str, Any], dict[str, Any]]:

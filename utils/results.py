@@ -54,7 +54,7 @@ def write_results(collection: Collection, path: Path, patterns: Sequence[str]) -
         for run in runs:
             for row in read_metrics(run.directory / 'metrics.jsonl'):
                 curve = of_run[run.name].get(row['seed'])
-                if curve is None or all(row.get(name) is None for name in metrics):
+                if curve is None or row['step'] > run.end or all(row.get(name) is None for name in metrics):
                     continue
                 identity = [run.name, curve.method, curve.agent, curve.env_name, curve.domain]
                 chosen = [curve.settings.get(key, '') for key in settings]
@@ -145,7 +145,7 @@ def report(collection: Collection, form: str) -> str:
 
 def main(argv):
     directory = Path(argv[1]).expanduser()
-    collection = collect(directory)
+    collection = collect(directory, FLAGS.finetuning_steps)
     output = Path(FLAGS.output).expanduser() if FLAGS.output else directory / 'results'
     require_writable(output)
     lines = write_results(collection, output / 'results.csv', FLAGS.metrics)
@@ -161,5 +161,8 @@ def main(argv):
 
 if __name__ == '__main__':
     flags.DEFINE_string('output', None, 'Where the files go (default: results/ in the directory itself).')
+    flags.DEFINE_integer(
+        'finetuning_steps', None, 'Compare all runs after so many updates; shorter ones are left out.', lower_bound=1
+    )
     flags.DEFINE_list('metrics', ['*'], 'Metrics in results.csv, by name or pattern.')
     cli.run(main, positional=('save_dir',))

@@ -24,8 +24,7 @@ def run_status(run_directory: str | os.PathLike) -> str:
             return 'stopped before the first line of metrics'
         rows = read_metrics(run_directory / 'metrics.jsonl')
         reached = max((row['step'] for row in rows), default=0)
-        before = config.get('start', {}).get('steps_before', 0)  # Those of the run that this one fine-tunes.
-        wanted = before + config['pretraining_steps'] + config['finetuning_steps']
+        wanted = run_start(config) + config['pretraining_steps'] + config['finetuning_steps']
         if not (run_directory / 'summary.json').exists():
             return f'not finished: at step {reached} of {wanted}'
         summarised = max(read_json(run_directory / 'summary.json')['steps'].values(), default=0)
@@ -36,6 +35,11 @@ def run_status(run_directory: str | os.PathLike) -> str:
     if summarised < max(reached, wanted):
         return f'not finished: at step {reached} of {max(reached, wanted)}'
     return FINISHED
+
+
+def run_start(config: dict) -> int:
+    """The step that a run starts at: the last one of the pre-training that it fine-tunes, else 0."""
+    return config.get('start', {}).get('steps_before', 0)
 
 
 def read_json(path: str | os.PathLike) -> dict:
