@@ -259,9 +259,16 @@ class InFOMAgent(flax.struct.PyTreeNode):
         return self._step(modules, lambda params: self.finetuning_loss(params, batch, key, update_actor), batch, key)
 
     def begin_finetuning(self, labelled_batch, key):
-        """The switch between the phases: every target is set to a copy of its online network."""
-        del labelled_batch, key  # InFOM infers nothing from labelled data here.
+        """The switch between the phases: every target is set to a copy of its online network.
+
+        labelled_batch: `observation_min` and `observation_max` where labelled observations have a normaliser of their
+        own; flow samples are clipped to that range from now on. InFOM infers nothing else from labelled data here.
+        """
+        del key
         agent = common.reset_targets(self)
+        if self.flow_bounds is not None and 'observation_min' in labelled_batch:
+            lowest, highest = labelled_batch['observation_min'], labelled_batch['observation_max']
+            agent = agent.replace(flow_bounds=clipping_bounds(lowest, highest))
         return agent.replace(representation=common.reset_targets(self.representation))
 
     def act(self, observations, key, temperature=1.0):

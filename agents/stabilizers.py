@@ -177,7 +177,7 @@ STABILIZERS = {
 
 
 def validate_config(config):
-    """Raises UserError for a stabiliser that there is not, or one named twice, and for steps below 1."""
+    """Raises UserError for a stabiliser that there is not, one named twice or void, and for steps below 1."""
     names = _names(config)
     for name in names:
         if name not in STABILIZERS or names.count(name) > 1:
@@ -185,6 +185,10 @@ def validate_config(config):
                 f'agent.stabilizer={config.stabilizer!r}: expected some of {", ".join(STABILIZERS)}, each once, joined '
                 "by '+'"
             )
+    if 'frozen_field' in names and config.joint_adam:
+        raise UserError(
+            'agent.stabilizer=frozen_field with agent.joint_adam=True: one Adam over all moves the field too'
+        )
     common.require_at_least(1, config, 'stabilizer_steps')
 
 

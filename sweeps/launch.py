@@ -26,7 +26,11 @@ def main(argv):
     path = Path(argv[1])
     overrides = parse_flags(FLAGS.set)
     overrides |= {name: FLAGS[name].value for name in ('save_dir', 'dataset_dir') if FLAGS[name].value is not None}
-    runs = [run for run in expand(path, overrides) if re.search(FLAGS.only, run.flags['run_name'])]
+    try:
+        only = re.compile(FLAGS.only)
+    except re.error as error:
+        raise UserError(f'--only={FLAGS.only} is no regular expression: {error}') from error
+    runs = [run for run in expand(path, overrides) if only.search(run.flags['run_name'])]
     if not runs:
         raise UserError(f'--only={FLAGS.only} matches no run of {path}: --backend=print lists them')
     if FLAGS.backend == 'print':
@@ -49,17 +53,20 @@ def require_program(runs: list[Run]) -> None:
         raise UserError(f'there is no {runs[0].program} here: start in the folder of the project')
 
 
-def launch_on_slurm(runs: list[Run]) -> None:
-    """Submits what is not finished."""
-    waiting = [run for run in runs if not local.already_done(run)]
+def launch_on_slurm(runs: list[Run]) -> int:
+    """Submits what is not finished. Returns the exit code: 1 if a run is in the way of another of its name."""
+    done, waiting, failed = local.sort_by_status(runs)
+    for label, reason in failed.items():
+        print(f'failed: {label}: {reason}')
     if not waiting:
-        print(f'all {len(runs)} runs are finished')
-        return
+        print(f'{len(done)} of {len(runs)} runs are finished, nothing to submit')
+        return int(bool(failed))
     folder = Path(waiting[0].flags['save_dir']).expanduser() / '.submitit' / '%j'
     submitted = slurm.submit(waiting, folder, FLAGS.jobs, parse_flags(FLAGS.slurm))
     for run, job in zip(waiting, submitted, strict=True):
         print(f'{job.job_id}  {run.label}')
-    print(f'{len(submitted)} submitted, {len(runs) - len(waiting)} finished before; logs: launch.log in each run')
+    print(f'{len(submitted)} submitted, {len(done)} finished before; logs: launch.log in each run')
+    return int(bool(failed))
 
 
 if __name__ == '__main__':

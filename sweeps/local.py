@@ -1,6 +1,7 @@
 """Runs of a sweep as processes of this machine, N at a time: what is finished is skipped, what was interrupted goes on,
 what fails is noted and does not stop the rest."""
 
+import ast
 import contextlib
 import dataclasses
 import os
@@ -61,11 +62,25 @@ def already_done(run: Run) -> bool:
     return True
 
 
+def sort_by_status(runs: Sequence[Run]) -> tuple[list[Run], list[Run], dict[str, str]]:
+    """(finished, to be run, {label: reason why it cannot be run})."""
+    done, waiting, failed = [], [], {}
+    for run in runs:
+        try:
+            (done if already_done(run) else waiting).append(run)
+        except UserError as error:
+            failed[run.label] = str(error)
+    return done, waiting, failed
+
+
 def _plain(value: Any) -> Any:
-    """As JSON has it: tuples and lists alike, 1 and 1.0 alike, text as it is written on the command line."""
+    """As JSON has it: tuples and lists alike, 1 and 1.0 alike, text as what the command line takes it for."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError, SyntaxError):
+            value = ast.literal_eval(value)
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    return value if isinstance(value, (bool, int, float)) else str(value)
+    return value if isinstance(value, (bool, int, float)) else str(value).lower()
 
 
 def launch(runs: Sequence[Run], jobs: int, gpus: Sequence[str] = ()) -> Outcome:
@@ -74,16 +89,8 @@ def launch(runs: Sequence[Run], jobs: int, gpus: Sequence[str] = ()) -> Outcome:
     gpus: the devices that the jobs take in turn, as CUDA_VISIBLE_DEVICES names them; none: left as they are.
     Ctrl-C or SIGTERM stops the running ones, which save, and waits for them.
     """
-    outcome = Outcome()
-    waiting = deque()
-    for run in runs:
-        try:
-            if already_done(run):
-                outcome.skipped.append(run.label)
-            else:
-                waiting.append(run)
-        except UserError as error:
-            outcome.failed[run.label] = str(error)
+    done, unfinished, failed = sort_by_status(runs)
+    outcome, waiting = Outcome(skipped=[run.label for run in done], failed=failed), deque(unfinished)
     free = list(range(jobs))[::-1]  # Numbers of the jobs that may start; each keeps to its GPU.
     running: dict[int, tuple[Run, subprocess.Popen]] = {}
     with (

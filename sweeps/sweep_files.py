@@ -20,7 +20,8 @@ from utils.errors import UserError
 from utils.run_config import OPERATIONAL_FLAGS, flag_fields
 
 # Flags that say where a run goes and how it is watched: no part of its name.
-NOT_IN_NAME = OPERATIONAL_FLAGS | {'env_name', 'agent', 'seed', 'num_seeds', 'log_interval'}
+NOT_IN_NAME = OPERATIONAL_FLAGS - {'restore_path'} | {'env_name', 'agent', 'seed', 'num_seeds', 'log_interval'}
+NUMBER = re.compile(r'[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+')  # YAML takes 1e-3 for text.
 LONGEST_NAME = 180  # Characters; file systems allow 255, and files beside the run add suffixes.
 
 
@@ -67,13 +68,14 @@ def expand(path: Path, overrides: Mapping[str, Any] | None = None) -> list[Run]:
     overrides: flags that replace the file's for all runs.
 
     Raises:
-        UserError: see `read_sweep`; or a parameter or override that is no flag of the runs.
+        UserError: see `read_sweep`; a parameter or override that is no flag of the runs; or two runs of one name.
     """
     content, overrides = read_sweep(path), dict(overrides or {})
     values = {
         name: parameter.get('values', [parameter.get('value')]) for name, parameter in content['parameters'].items()
     }
     values |= {name: [value] for name, value in overrides.items()}
+    values = {name: [_number(value) for value in of_name] for name, of_name in values.items()}
     program = content.get('program', 'main.py')
     runs = {}
     for combination in itertools.product(*values.values()):
@@ -82,7 +84,10 @@ def expand(path: Path, overrides: Mapping[str, Any] | None = None) -> list[Run]:
         flags.setdefault('run_name', run_name(flags))
         flags.setdefault('save_dir', 'exp')
         run = Run(program, flags)
-        runs.setdefault(run.label, run)  # An override may have made several the same.
+        same = runs.setdefault(run.label, run)  # An override may have made several the same.
+        differing = [name for name in flags if same.flags[name] != flags[name]]
+        if differing:
+            raise UserError(f'{path}: runs that differ in --{differing[0]} are all called {run.label}')
     _check_flags(path, runs.values())
     return list(runs.values())
 
@@ -97,12 +102,19 @@ def run_name(flags: Mapping[str, Any]) -> str:
         if key not in NOT_IN_NAME
     ]
     first, count = flags.get('seed', 0), flags.get('num_seeds', 1)
+    for name, value in (('seed', first), ('num_seeds', count)):
+        if not isinstance(value, int):
+            raise UserError(f'--{name}={value}: expected one whole number; several seeds are `values: […]` of a file')
     seeds = f'sd{first}' if count == 1 else f'sd{first}-{first + count - 1}'
     parts = [str(flags.get('env_name', '')), agent, ','.join(settings), seeds]
     name = re.sub(r'[^\w+=@,.-]', '-', '_'.join(part for part in parts if part))
     if len(name) > LONGEST_NAME:
         name = f'{name[: LONGEST_NAME - 13]}_{hashlib.sha256(name.encode()).hexdigest()[:12]}'
     return name
+
+
+def _number(value: Any) -> Any:
+    return float(value) if isinstance(value, str) and NUMBER.fullmatch(value) else value
 
 
 def _written(value: Any) -> str:
@@ -121,7 +133,7 @@ def parse_flags(arguments: Sequence[str]) -> dict[str, Any]:
         if not (name and equals):
             raise UserError(f'{argument!r} is no setting: expected name=value, as in preset=small')
         try:
-            flags[name] = yaml.safe_load(value) if value else ''
+            flags[name] = _number(yaml.safe_load(value)) if value else ''
         except yaml.YAMLError:
             flags[name] = value
     return flags

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import shutil
 import signal
 
 import numpy as np
@@ -76,6 +77,37 @@ def saved_arrays(directory, step):
     return {k: v.tobytes() for k, v in checkpoints.read_arrays(directory / 'checkpoints' / str(step)).items()}
 
 
+def run_until(config, stop_at, **options):
+    """A run that gets SIGTERM when it has looked at the metrics of step `stop_at`."""
+    experiment = make_experiment(config, calls=[], **options)
+    collect = Experiment._collect
+
+    def collect_and_signal(self, end_step, *arguments):
+        collect(self, end_step, *arguments)
+        if self.offset + end_step == stop_at:
+            signal.raise_signal(signal.SIGTERM)
+
+    experiment._collect = collect_and_signal.__get__(experiment)
+    with pytest.raises(SystemExit) as stop, experiment:
+        experiment.pretrain()
+        experiment.finetune()
+    assert stop.value.code == 0
+    return experiment
+
+
+def lines(config):
+    """The run's metrics, without times."""
+    rows = runs.read_metrics(config.run_dir / 'metrics.jsonl')
+    return [{k: v for k, v in row.items() if not k.startswith('time/')} for row in rows]
+
+
+def copy_of(config, tmp_path):
+    """A copy of a run, and its configuration."""
+    copied = dataclasses.replace(config, save_dir=str(tmp_path))
+    shutil.copytree(config.run_dir, copied.run_dir)
+    return copied
+
+
 @pytest.fixture(scope='module')
 def finished(tmp_path_factory):
     """One uninterrupted run of both phases."""
@@ -136,30 +168,85 @@ def test_stopped_by_a_signal_and_resumed_equals_uninterrupted(finished, tmp_path
     """SIGTERM in either phase, at and between log boundaries: same arrays, same metrics, nothing twice."""
     reference, *_ = finished
     config = make_config(tmp_path)
-    experiment = make_experiment(config, calls=[])
-    collect = Experiment._collect
-
-    def collect_and_signal(self, end_step, *arguments):
-        collect(self, end_step, *arguments)
-        if self.offset + end_step == stop_at:
-            signal.raise_signal(signal.SIGTERM)
-
-    experiment._collect = collect_and_signal.__get__(experiment)
-    with pytest.raises(SystemExit) as stop, experiment:
-        experiment.pretrain()
-        experiment.finetune()
-    assert stop.value.code == 0
+    experiment = run_until(config, stop_at)
     assert experiment.offset + experiment.phase_step < 48
+    started = json.loads((config.run_dir / 'config.json').read_text())['start']
     run(config, calls=[])
     assert saved_arrays(config.run_dir, 48) == saved_arrays(reference.run_dir, 48)
-    rows, expected = (
-        [
-            {k: v for k, v in row.items() if not k.startswith('time/')}
-            for row in runs.read_metrics(c.run_dir / 'metrics.jsonl')
-        ]
-        for c in (config, reference)
-    )
-    assert rows == expected
+    assert lines(config) == lines(reference)
+    assert json.loads((config.run_dir / 'config.json').read_text())['start'] == started, 'where the run began'
+
+
+def test_chunks_of_another_length_end_at_the_same_intervals(tmp_path):
+    """As on another device: stopped 4 updates after a multiple of the new chunks' 8."""
+    arguments = '--agent=iql', '--save_interval=24', '--dataset_location=host'
+    reference, config = (make_config(tmp_path / name, *arguments) for name in 'ab')
+    run(reference, calls=[])
+    assert run_until(config, 8).phase_step == 12
+    calls = []
+    run(dataclasses.replace(config, chunk_size=8), calls=calls)
+    assert calls == [24, 32, 40, 48]
+    assert [row['step'] for row in lines(config)] == [row['step'] for row in lines(reference)]
+    assert {path.name for path in (config.run_dir / 'checkpoints').iterdir()} == {'24', '48'}
+    ours, theirs = (checkpoints.read_arrays(c.run_dir / 'checkpoints' / '48') for c in (config, reference))
+    for name, array in ours.items():
+        np.testing.assert_allclose(array, theirs[name], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_a_last_evaluation_after_a_resume_is_not_due_again(finished, tmp_path):
+    """SIGTERM cuts the last evaluation short; the second start makes it, the third has nothing to do."""
+    reference, *_ = finished
+    config = make_config(tmp_path)
+    run_until(config, 48)
+    second, third = [], []
+    run(config, calls=second)
+    run(config, calls=third)
+    assert (second, third) == ([48], [])
+    assert lines(config) == lines(reference)
+
+
+def test_without_its_last_checkpoint_a_finished_run_is_one_no_more(finished, tmp_path):
+    """It goes on from the one before, and what it had said of its end is gone until it is there again."""
+    config = copy_of(finished[0], tmp_path)
+    shutil.rmtree(config.run_dir / 'checkpoints' / '48')
+    run_until(config, 40)
+    assert run_status(config.run_dir) == 'not finished: at step 40 of 48'
+    run(config, calls=[])
+    assert run_status(config.run_dir) == FINISHED
+    assert lines(config) == lines(finished[0])
+
+
+def test_a_start_that_fails_leaves_the_run_as_it_was(finished, tmp_path):
+    """Without checkpoints: a finished run is not begun anew, and one that is not finished loses no line to a mistake in
+    the command."""
+    config = copy_of(finished[0], tmp_path)
+    before = (config.run_dir / 'metrics.jsonl').read_bytes()
+    for checkpoint in (config.run_dir / 'checkpoints').iterdir():
+        shutil.rmtree(checkpoint)
+    with pytest.raises(UserError, match='finished run without its checkpoints'):
+        run(config, calls=[])
+    assert run_status(config.run_dir) == FINISHED
+    (config.run_dir / 'summary.json').unlink()
+
+    def load_nothing(*_):
+        raise UserError('no data here')
+
+    with pytest.raises(UserError, match='no data here'):
+        run(config, load=load_nothing)
+    assert (config.run_dir / 'metrics.jsonl').read_bytes() == before
+
+
+def test_no_fine_tuning_is_none(tmp_path):
+    config = make_config(tmp_path, '--finetuning_steps=0')
+
+    def load_unlabelled(phase, split, size):
+        assert phase == 'pretraining'
+        return load_raw(phase, split, size)
+
+    calls = []
+    run(config, calls=calls, load=load_unlabelled)
+    assert not calls
+    assert run_status(config.run_dir) == FINISHED
 
 
 def test_seeds_side_by_side_equal_seeds_alone(finished, tmp_path):
@@ -198,6 +285,46 @@ def test_one_checkpoint_fine_tunes_on_its_own(finished, tmp_path):
     assert run_status(config.run_dir) == 'not finished: at step 48 of 58'
 
 
+def test_the_pretraining_that_a_run_fine_tunes_stays_the_same(finished, tmp_path):
+    """Another --restore_path is another run; one that is gone is not needed any more; and the digest tells of settings
+    and length, not of the seed."""
+    reference, *_ = finished
+    settings = '--pretraining_steps=0', '--finetuning_steps=8'
+
+    def finetune(restore_path, run_name='r', *more):
+        config = make_config(
+            tmp_path, *settings, f'--restore_path={restore_path}', f'--run_name={run_name}', *more,
+            phases=('finetuning',),
+        )  # fmt: skip
+        with make_experiment(config, calls=[], first_phase='finetuning') as experiment:
+            experiment.finetune()
+        return json.loads((config.run_dir / 'config.json').read_text())['start']
+
+    def pretrain(run_name, *more):
+        config = make_config(tmp_path, '--finetuning_steps=0', f'--run_name={run_name}', *more)
+        run(config)
+        return config.run_dir
+
+    started = finetune(reference.run_dir)
+    assert started['checkpoint'] == str(reference.run_dir / 'checkpoints' / '24') and started['steps_before'] == 24
+    shorter = pretrain('shorter', '--pretraining_steps=16')
+    with pytest.raises(UserError, match=r'started from .*checkpoints/24, now it is .*shorter/checkpoints/16'):
+        finetune(shorter)
+    assert finetune(tmp_path / 'nowhere') == started
+    another_seed = finetune(pretrain('seed', '--seed=1'), 'from_seed_1')
+    assert another_seed['pretraining'] == started['pretraining'] | {'seed': 1}
+    assert finetune(shorter, 'from_shorter')['pretraining']['digest'] != started['pretraining']['digest']
+
+
+def test_more_pretraining_than_asked_for_is_what_was_before(finished, tmp_path):
+    """main.py on a checkpoint of 24 updates with 8 of its own: it fine-tunes at once, at step 24."""
+    reference, *_ = finished
+    config = make_config(tmp_path, f'--restore_path={reference.run_dir}', '--pretraining_steps=8')
+    run(config, calls=[])
+    assert [row['step'] for row in lines(config) if row['phase'] == 'finetuning'][-1] == 48
+    assert run_status(config.run_dir) == FINISHED
+
+
 def test_pretraining_never_sees_a_reward(tmp_path):
     config = make_config(tmp_path, '--finetuning_steps=0', phases=('pretraining',))
 
@@ -234,6 +361,7 @@ def test_nan_stops_the_run_with_step_metric_and_checkpoint(tmp_path):
         (('--agent.alpha=3',), r'agent.alpha=30.0, now it is 3.0'),
         (('--seed=1',), r'--seed=0, now it is 1'),
         (('--agent.latent_dim=4',), r'latent_dim=8, now it is 4'),
+        (('--finetuning_steps=16',), r'24 fine-tuning updates, more than --finetuning_steps=16'),
     ],
 )
 def test_a_run_directory_of_other_settings_is_refused(finished, arguments, message):

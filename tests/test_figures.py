@@ -120,6 +120,28 @@ def test_variants_are_told_by_what_differs(runs):
     assert {curve.env_name for curve in variants} == {CUBE.format(1)}
 
 
+def test_a_sensitivity_is_over_the_same_other_settings_at_each_value(tmp_path):
+    """Of a grid with a hole: α = 3 was not run with an expectile of 0.95, so that no mean has it at another α."""
+    for alpha, expectile in ((3, 0.9), (10, 0.9), (10, 0.95), (30, 0.95), (30, 0.9)):
+        settings = {'agent.alpha': alpha, 'agent.expectile': expectile}
+        name = f'g/{alpha}-{expectile}'
+        write_run(tmp_path, name, {0: [0.1, 0.1, 0.1]}, settings=settings, explicit=list(settings))
+    shown = {setting: curves for _, setting, curves in figures.sensitivities(collect(tmp_path).curves)}
+    assert [curve.run for curve in shown['agent.alpha']] == ['g/10-0.9', 'g/3-0.9', 'g/30-0.9']
+    assert len(shown['agent.expectile']) == 4, 'both expectiles, at α = 10 and at α = 30'
+
+
+def test_no_bar_for_other_tasks(tmp_path, opened):
+    """Two methods with as many tasks, but not the same ones."""
+    for agent, tasks in (('infom', (1, 2)), ('iql', (2, 3)), ('rebrac', (1, 2, 3))):
+        for task in tasks:
+            write_run(tmp_path, f'{agent}/{task}', {0: [0.5, 0.5]}, agent=agent, env_name=CUBE.format(task))
+    figure = figures.domain_bars(collect(tmp_path).curves)
+    opened.append(figure)
+    assert figure.axes[0].get_title() == 'cube-single (3 tasks)'
+    assert len(figure.axes[0].patches) == 1
+
+
 def test_a_variant_in_a_number_and_a_choice_at_once_is_shown_with_the_others(runs):
     assert list(figures.other_variants(collect(runs).curves)) == []
     both = {'agent.num_flow_goals': 4, 'agent.intention_encoder': 'hilp'}

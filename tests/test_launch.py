@@ -45,6 +45,7 @@ if alpha == 4 and not (run / 'saved').exists():
     (run / 'parent').write_text(str(os.getppid()))
     (run / 'waiting').touch()
     time.sleep(60)
+(run / 'metrics.jsonl').write_text('{"step": 10}\\n')
 (run / 'summary.json').write_text('{"steps": {"finetuning": 10}}')
 """
 
@@ -121,6 +122,31 @@ def test_a_finished_run_with_other_settings_is_neither_skipped_nor_overwritten(s
     assert len(starts(run)) == 1
 
 
+@pytest.mark.parametrize(
+    ('there', 'asked'),
+    [(0.001, '1e-3'), ([256, 256], '(256, 256)'), ([256, 256], [256, 256]), (None, 'none'), (3, 3.0), ('a', 'a')],
+)
+def test_the_same_setting_written_otherwise_is_the_same(sweep, there, asked):
+    (run,) = expand(sweep(1))
+    local.launch([run], jobs=1)
+    path = run.directory / 'config.json'
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {'agent': {'alpha': there}}))
+    assert local.already_done(type(run)(run.program, run.flags | {'agent.alpha': asked}))
+    with pytest.raises(UserError, match='is finished with'):
+        local.already_done(type(run)(run.program, run.flags | {'agent.alpha': 0.5}))
+
+
+def test_a_run_in_the_way_does_not_stop_the_others(sweep):
+    """For both backends: what can be run is told from what cannot, with the reason."""
+    (run,) = expand(sweep(1))
+    local.launch([run], jobs=1)
+    other, free = (type(run)(run.program, run.flags | more) for more in ({'agent.alpha': 7}, {'run_name': 'free'}))
+    done, waiting, failed = local.sort_by_status([other, run, free])
+    assert (done, waiting) == ([run], [free])
+    assert 'is finished with agent.alpha=1, now it is 7' in failed[label(1)]
+
+
 def test_jobs_take_the_gpus_in_turn_and_share_their_memory(sweep, monkeypatch):
     monkeypatch.delenv('XLA_PYTHON_CLIENT_MEM_FRACTION', raising=False)
     monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
@@ -194,6 +220,8 @@ def test_bad_input_ends_with_one_line_and_exit_code_2(sweep, tmp_path):
     for arguments, message in (
         ([tmp_path / 'absent.yaml'], 'cannot read'),
         ([path, '--only=nothing'], '--only=nothing matches no run'),
+        ([path, '--only=['], '--only=[ is no regular expression'),
+        ([path, '--set=seed=0,1'], '--seed=0,1: expected one whole number'),
         ([path, '--set=agent.alhpa=1'], '--agent.alhpa is no flag'),
         ([path, '--jobs=0'], 'jobs'),
     ):

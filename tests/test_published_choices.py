@@ -11,7 +11,7 @@ import agents
 from tests import tiny_agents
 from tests.test_datasets import IDENTITY, NEXT, numbered
 from tests.test_experiment import load_raw, make_config, make_experiment
-from utils import datasets, presets
+from utils import datasets, presets, training
 from utils.normalizers import Normalizer
 
 KEY = jax.random.key(5)
@@ -78,6 +78,28 @@ def test_a_normaliser_for_every_file(tmp_path, per_split):
             elif phase == 'finetuning':
                 assert abs(train.observations.mean()) > 5
             assert (experiment.normalizer.to_dict() == fitted.to_dict()) == (per_split or phase == 'pretraining')
+
+
+@pytest.mark.parametrize('own_normalizer', [True, False])
+def test_flow_samples_are_clipped_to_the_range_of_the_labelled_states(own_normalizer):
+    """Where these have a normaliser, and so units, of their own; else the bounds stay those of pre-training."""
+    batch = tiny_agents.make_batch()
+    dataset = datasets.Dataset.create(
+        {**numbered([4, 3]), 'rewards': np.zeros(7, np.float32), 'masks': np.ones(7, np.float32)}, IDENTITY
+    )
+    dataset = dataset.replace(
+        observations=np.linspace(-3, 2, 7 * batch['observations'].shape[1], dtype=np.float32).reshape(7, -1)
+    )
+    dataset = dataset.replace(actions=np.zeros((7, batch['actions'].shape[1]), np.float32))
+    agent = tiny_agents.make_agent('infom', batch)
+    seeds = jax.tree.map(lambda x: jnp.stack([x, x]), agent)
+    begun = training.begin_finetuning(seeds, dataset, training.stream_keys([0, 1], 'begin_finetuning'), own_normalizer)
+    expected = agent.flow_bounds
+    if own_normalizer:
+        expected = dataset.observations.min(axis=0) + 1e-5, dataset.observations.max(axis=0) - 1e-5
+    for seed in range(2):
+        for bound, wanted in zip(begun.flow_bounds, expected, strict=True):
+            np.testing.assert_allclose(bound[seed], wanted, rtol=1e-6)
 
 
 def test_the_published_preset_chooses_all_of_it():

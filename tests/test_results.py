@@ -215,6 +215,49 @@ def test_one_name_in_two_groups_is_two_runs(tmp_path):
 # ---------------------------------------------------------------------------------------------- what is one method
 
 
+def test_fine_tunings_of_other_pretrainings_are_told_apart(tmp_path):
+    """By what was pre-trained, not by where it lies or with which seed; and one pre-training under two seeds is said to
+    be one."""
+
+    def tuned(name, seed, digest, pretraining_seed):
+        start = {'steps_before': 0, 'pretraining': {'digest': digest, 'seed': pretraining_seed, 'step': 50}}
+        write_run(tmp_path, f'g/{name}', {seed: [0.1, 0.2, 0.3]}, settings={'start': start})
+
+    tuned('a', 0, 'aaaaaaaa', 0)
+    tuned('b', 1, 'aaaaaaaa', 1)
+    assert {curve.method for curve in collect(tmp_path).curves} == {'InFOM'}
+    tuned('c', 2, 'cccccccc', 2)
+    tuned('d', 3, 'aaaaaaaa', 0)
+    collection = collect(tmp_path)
+    assert {curve.run: curve.method for curve in collection.curves} == {
+        'g/a': 'InFOM pretraining=aaaaaaaa',
+        'g/b': 'InFOM pretraining=aaaaaaaa',
+        'g/c': 'InFOM pretraining=cccccccc',
+        'g/d': 'InFOM pretraining=aaaaaaaa',
+    }
+    assert 'g/d: seed 3 is of fine-tuning alone, its pre-training has seed 0.' in collection.notes
+
+
+def test_methods_on_different_data_are_said_to_be(tmp_path):
+    for name, agent, fingerprint in (('a', 'infom', 'a' * 64), ('b', 'iql', 'b' * 64), ('c', 'rebrac', 'a' * 64)):
+        directory = write_run(tmp_path, f'g/{name}', {0: [0.1, 0.2, 0.3]}, agent=agent)
+        config = json.loads((directory / 'config.json').read_text())
+        config['data'] = {'finetuning/train': {'fingerprint': fingerprint}}
+        (directory / 'config.json').write_text(json.dumps(config))
+    (note,) = [note for note in collect(tmp_path).notes if 'different data' in note]
+    assert note == f'{CUBE.format(1)}: fine-tuned on different data: aaaaaaaa (InFOM, ReBRAC); bbbbbbbb (IQL).'
+
+
+def test_own_data_in_two_environments_are_never_averaged(tmp_path):
+    for seed, env_name in enumerate(('Sorter-v0', 'Sorter-v1')):
+        settings = {'dataset': 'sorting.npz'}
+        write_run(tmp_path, f'g/{seed}', {seed: [0.1, 0.2, 0.3]}, env_name=env_name, settings=settings)
+    assert {curve.method for curve in collect(tmp_path).curves} == {
+        'InFOM env_name=Sorter-v0',
+        'InFOM env_name=Sorter-v1',
+    }
+
+
 def test_what_the_command_line_chose_makes_the_method(tmp_path):
     write_run(tmp_path, 'g/a', {0: [0.1, 0.2, 0.3]}, explicit=['preset'])
     write_run(tmp_path, 'g/b', {0: [0.1, 0.2, 0.3]}, settings={'agent.alpha': 3.0}, explicit=['agent.alpha', 'preset'])

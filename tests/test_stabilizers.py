@@ -53,6 +53,11 @@ def test_a_choice_is_one_class():
     assert issubclass(both, stabilizers.ClipAtEnd) and issubclass(both, stabilizers.FrozenField)
 
 
+def test_one_adam_over_all_freezes_nothing():
+    with pytest.raises(UserError, match='moves the field too'):
+        tiny_agents.make_agent('infom', tiny_agents.make_batch(), stabilizer='frozen_field', joint_adam=True)
+
+
 @pytest.mark.parametrize('name', ['clip_reward', 'cosine+cosine', 'cosine,bound_q', '+'])
 def test_what_there_is_not(name):
     with pytest.raises(UserError, match='expected some of clip_rewards, bound_q'):

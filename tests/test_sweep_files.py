@@ -168,6 +168,18 @@ def test_the_name_is_in_the_settings_alone():
     assert long[0] != long[1]
 
 
+def test_numbers_are_numbers_however_they_are_written(sweep):
+    """YAML takes 1e-3 for text."""
+    (run,) = expand(sweep(parameters={'agent.lr': {'values': ['1e-3']}}))
+    assert run.flags['agent.lr'] == parse_flags(['agent.lr=1e-3'])['agent.lr'] == 0.001
+    assert run.flags['run_name'] == 'infom_lr=0.001_sd0'
+
+
+def test_runs_that_restore_other_checkpoints_have_other_names(sweep):
+    runs = expand(sweep(parameters={'restore_path': {'values': ['exp/a', 'exp/b']}}))
+    assert [run.flags['run_name'] for run in runs] == ['infom_restore_path=exp-a_sd0', 'infom_restore_path=exp-b_sd0']
+
+
 def test_wandb_runs_have_the_names_of_the_launcher(sweep):
     run = expand(sweep())[1]
     # As wandb's agent hands them on: sorted, numbers as its server gives them back.
@@ -186,6 +198,9 @@ def test_wandb_runs_have_the_names_of_the_launcher(sweep):
         ({'parameters': {'seed': {'values': []}}}, 'has no list of values'),
         ({'parameters': None}, 'is no sweep file'),
         ({'method': 'bayes'}, "method 'bayes': only grids"),
+        ({'parameters': {'seed': {'value': '0,1'}}}, '--seed=0,1: expected one whole number'),
+        ({'parameters': {'num_seeds': {'value': 'three'}}}, '--num_seeds=three: expected one whole number'),
+        ({'parameters': {'run_name': {'value': 'x'}, 'seed': {'values': [0, 1]}}}, 'differ in --seed are all called'),
     ],
 )
 def test_a_file_that_is_no_grid_of_flags_is_refused(sweep, keys, message):

@@ -35,7 +35,7 @@ class DeviceBatches:
         self.n, self._dataset = n, devices.place(dataset, mesh)
 
     def chunk(self, start: int):
-        """What `train_chunk` takes its batches from for the `n` updates after `start`."""
+        """What `train_chunk` takes its batches from for the updates after `start`."""
         del start
         return self._dataset
 
@@ -64,20 +64,27 @@ class HostBatches:
 
     def _fetch(self, start):
         with jax.default_device(host_device()):
-            drawn = self._draw(start, self.n)
+            drawn = self._draw(start, to_next_multiple(start, self.n))
         if self._mesh is None:
             return jax.block_until_ready(jax.device_put(drawn, jax.local_devices()[0]))
         return jax.block_until_ready(devices.place(drawn, self._mesh, 'seed', None, 'batch'))
 
     def chunk(self, start: int):
-        """The batches of the `n` updates after `start`; those of the updates after them are begun."""
+        """The batches of the updates from `start` to the next multiple of `n`; those of the `n` after them are
+        begun."""
         future = self._ready.pop(start, None) or self._thread.submit(self._fetch, start)
         batches = future.result()
-        self._ready = {start + self.n: self._thread.submit(self._fetch, start + self.n)}
+        end = start + to_next_multiple(start, self.n)
+        self._ready = {end: self._thread.submit(self._fetch, end)}
         return batches
 
     def close(self):
         self._thread.shutdown(cancel_futures=True)
+
+
+def to_next_multiple(start: int, n: int) -> int:
+    """Updates from `start` to the next multiple of `n`, where a chunk ends: `n` but after a start in between."""
+    return n - start % n
 
 
 def host_device():

@@ -252,7 +252,12 @@ def _settings(config: dict) -> tuple[dict[str, Any], dict[str, Any]]:
     sources = config.get('sources', {})
     explicit = {key: value for key, value in values.items() if sources.get(key) == COMMAND_LINE}
     fingerprints = sorted(f'{key} {source["fingerprint"]}' for key, source in config.get('data', {}).items())
-    return explicit, values | {'data': hashlib.sha256('\n'.join(fingerprints).encode()).hexdigest()[:8]}
+    values['data'] = hashlib.sha256('\n'.join(fingerprints).encode()).hexdigest()[:8]
+    if restored := config.get('start', {}).get('pretraining'):
+        values['pretraining'] = restored['digest']
+    if config.get('dataset'):  # Elsewhere the task says both.
+        values['env_name'] = config['env_name']
+    return explicit, values
 
 
 def _tell_methods_apart(collected: list[CollectedRun]) -> None:
@@ -309,6 +314,7 @@ def _notes(collected: list[CollectedRun], curves: list[Curve]) -> list[str]:
     if shared:
         notes.append(f'All runs: {", ".join(f"{key}={value}" for key, value in sorted(shared, key=str))}.')
     notes += _version_notes(collected)
+    notes += [*_data_notes(collected), *_pretraining_notes(collected)]
     short = sorted({curve.run for curve in curves if len(curve.values) < 3})
     if short:
         notes.append(f'Fewer than three evaluations, all of which make the score: {", ".join(short)}.')
@@ -325,6 +331,31 @@ def _notes(collected: list[CollectedRun], curves: list[Curve]) -> list[str]:
         if fewer:
             notes.append(f'{method} has fewer seeds than others: {", ".join(fewer)}.')
     return notes
+
+
+def _data_notes(collected: list[CollectedRun]) -> list[str]:
+    """One line for each task whose methods were fine-tuned on different data: scores that do not compare."""
+    found: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for run in collected:
+        source = run.config.get('data', {}).get('finetuning/train')
+        if source is not None:
+            found[run.env_name][source['fingerprint'][:8]].add(run.method)
+    return [
+        f'{task}: fine-tuned on different data: '
+        + '; '.join(f'{data} ({", ".join(sorted(methods))})' for data, methods in sorted(of_task.items()))
+        + '.'
+        for task, of_task in sorted(found.items())
+        if len(of_task) > 1
+    ]
+
+
+def _pretraining_notes(collected: list[CollectedRun]) -> list[str]:
+    """One line for each run whose seeds fine-tune the pre-training of other seeds."""
+    return [
+        f'{run.name}: seed {run.config["seed"]} is of fine-tuning alone, its pre-training has seed {restored["seed"]}.'
+        for run in collected
+        if (restored := run.config.get('start', {}).get('pretraining')) and restored['seed'] != run.config['seed']
+    ]
 
 
 def _version_notes(collected: list[CollectedRun]) -> list[str]:

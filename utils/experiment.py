@@ -95,6 +95,12 @@ class Experiment:
             origin, path = 'this run’s own checkpoint', self.directory / 'checkpoints' / str(own)
             meta = checkpoints.load_meta(path)
             resume.check_same_run(self.directory, config)
+            resume.check_length(meta, config, self.directory)
+        elif (self.directory / 'summary.json').exists():
+            raise UserError(
+                f'{self.directory} holds a finished run without its checkpoints, which cannot go on: '
+                'use another --run_name, or delete the directory'
+            )
         elif config.restore_path is not None:
             origin, path = '--restore_path', checkpoints.resolve(Path(config.restore_path), phase='pretraining')
             meta = checkpoints.load_meta(path)
@@ -111,7 +117,6 @@ class Experiment:
             self.normalizer = Normalizer.from_dict(meta['normalizer'])
             self.phase, self.phase_step, self.offset = meta['phase'], meta['phase_step'], meta['offset']
             self._last_checkpoint = path
-        self.log.truncate(meta['metrics_lines'] if own is not None else 0)
         if own is not None:
             self._partial, self._wall_before = meta['partial_metrics'], meta['wall_seconds']
             self._evaluation_due = meta['evaluation_due']
@@ -129,14 +134,14 @@ class Experiment:
         self.agents = devices.place(agents, self.mesh, 'seed')
         if path is not None:
             self.agents = checkpoints.restore(path, self.agents)
-        before = 0  # Steps of the run that this one fine-tunes.
-        if first_phase == 'finetuning':
-            before = self.offset if self.phase == 'finetuning' else self.phase_step
-        self._start_info = {
-            'origin': origin,
-            'checkpoint': None if path is None else str(path),
-            'steps_before': before,
-        }
+        if own is not None:
+            self._start_info = resume.check_start(meta, config, self.directory)
+        else:
+            self._start_info = resume.start_info(path, meta, config.pretraining_steps)
+        # Nothing failed: from here on the directory is this start's.
+        if processes.is_first():
+            (self.directory / 'summary.json').unlink(missing_ok=True)  # Of a shorter run, or of lines that go now.
+        self.log.truncate(meta['metrics_lines'] if own is not None else 0)
         self._write_config()
         for line in config.describe().splitlines():
             logging.info('%s', line)
@@ -191,6 +196,8 @@ class Experiment:
         """Fine-tuning up to `finetuning_steps`, evaluated before the first step, at every `eval_interval`, and at the
         end."""
         total = self.config.finetuning_steps
+        if total == 0:
+            return
         if self.phase == 'finetuning' and self.phase_step >= total and not self._evaluation_due:
             logging.info('this run is complete at step %d: nothing to train', self.offset + self.phase_step)
             return
@@ -202,10 +209,15 @@ class Experiment:
             self.offset, self.phase, self.phase_step = self.phase_step, 'finetuning', 0
             keys = training.stream_keys(self.seeds, 'begin_finetuning')
             # Drawn on the host: once, and the data set may be larger than the device.
-            self.agents = training.begin_finetuning(self.agents, batches.on_host(self._data[1]), keys)
+            labelled, own_normalizer = batches.on_host(self._data[1]), self.config.obs_norm_per_split
+            self.agents = training.begin_finetuning(self.agents, labelled, keys, own_normalizer)
             self._evaluation_due = True
-        if self._evaluation_due and not self._evaluate(overlap=self.phase_step < total) and self._stop_signal:
-            self._stop()  # What led here is on disk already.
+        if self._evaluation_due:
+            done = self._evaluate(overlap=self.phase_step < total)
+            if not done and self._stop_signal:
+                self._stop()  # What led here is on disk already.
+            if done and self.phase_step >= total:
+                self._save(keep=True)  # Or the next start would evaluate again.
         processes.wait_for_all()
         self._train('finetuning', total)
 
@@ -218,9 +230,8 @@ class Experiment:
         ranges = devices.place(diagnostics.observed_ranges(self._data[1]), self.mesh)
         source = self._make_source(phase, keys)
         keys = devices.place(keys, self.mesh, 'seed')
-        n = self._chunk_size = source.n
-        chunk, seconds = training.compile_chunk(self.agents, source.chunk(self.phase_step), keys, phase=phase, n=n)
-        logging.info('%s: compiled a chunk of %d updates in %.1f s', phase, n, seconds)
+        self._chunk_size = source.n
+        n = chunk = None  # Updates of the next chunk, and the program for as many.
         validation = devices.place(self._data[2], self.mesh)
         validation_keys = devices.place(training.stream_keys(self.seeds, 'validation'), self.mesh, 'seed')
         validate = None
@@ -232,8 +243,13 @@ class Experiment:
         profile = Profile(self.directory / 'profile' / phase, config.profile if processes.is_first() else 0)
         with bar, contextlib.closing(source), contextlib.closing(profile):
             while self.phase_step < total:
-                profile.before_chunk(self.agents, n)
                 drawn_from = source.chunk(self.phase_step)
+                # A process with other chunks may have stopped the run between two multiples of this one's.
+                if n != (n := batches.to_next_multiple(self.phase_step, source.n)):
+                    chunk, seconds = training.compile_chunk(self.agents, drawn_from, keys, phase=phase, n=n)
+                    logging.info('%s: compiled a chunk of %d updates in %.1f s', phase, n, seconds)
+                    self._paused += seconds
+                profile.before_chunk(self.agents, n)
                 self.agents, metrics = chunk(self.agents, drawn_from, keys, np.int32(self.phase_step))
                 self.phase_step += n
                 if validate is None:  # Compiled while the device is busy with the first chunk.
@@ -242,7 +258,8 @@ class Experiment:
                     )
                     if config.log_interval > n:  # The speed is that of the chunks from the second on.
                         jax.block_until_ready(metrics)
-                        self._interval_began, self._untimed = time.perf_counter(), self._untimed + 1
+                        self._interval_began, self._paused = time.perf_counter(), 0.0
+                        self._untimed += 1
                 if in_flight is not None:
                     self._collect(*in_flight, bar)
                 ends = self.phase_step >= total
@@ -391,6 +408,7 @@ class Experiment:
             'data': self.fingerprints,
             'seed': self.config.seed,
             'num_seeds': self.config.num_seeds,
+            'start': self._start_info,
             'evaluation_due': evaluation_due,
             'metrics_lines': self.log.lines,
             'partial_metrics': self._partial,

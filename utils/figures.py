@@ -42,12 +42,12 @@ def domain_bars(curves: Sequence[Curve]):
     for axis, domain in zip(axes, domains):
         of_domain = [curve for curve in curves if curve.domain == domain]
         scores = scores_by_task(of_domain)
-        most = max(map(len, scores.values()))
+        tasks = set().union(*scores.values())
         for position, method in enumerate(methods):
-            if method in scores and len(scores[method]) == most:
-                tasks = list(scores[method].values())
-                spreads = [statistics.standard_deviation(values) or 0.0 for values in tasks]
-                height = float(statistics.mean(tasks))
+            if method in scores and set(scores[method]) == tasks:
+                of_tasks = list(scores[method].values())
+                spreads = [statistics.standard_deviation(values) or 0.0 for values in of_tasks]
+                height = float(statistics.mean(of_tasks))
                 look = {
                     'color': plots.color(position),
                     'hatch': plots.hatch(position),
@@ -60,7 +60,7 @@ def domain_bars(curves: Sequence[Curve]):
                 axis.plot(
                     position, reference[0], 'D', color='black', markerfacecolor='white', markersize=5, label='published'
                 )
-        axis.set_title(f'{domain} ({most} task{"s" if most > 1 else ""})')
+        axis.set_title(f'{domain} ({len(tasks)} task{"s" if len(tasks) > 1 else ""})')
         axis.set_ylabel(of_domain[0].unit)
         axis.set_xticks([])
         if min(curve.score for curve in of_domain) >= 0:  # Returns on a user's own data may be negative.
@@ -112,7 +112,7 @@ def sensitivities(curves: Sequence[Curve]) -> Iterator[tuple[str, str, list[Curv
                 continue
             related = _related(of_agent, [setting])
             if related:
-                yield agent, setting, related
+                yield agent, setting, _balanced(related, setting)
 
 
 def other_variants(curves: Sequence[Curve]) -> Iterator[tuple[str, list[Curve]]]:
@@ -228,16 +228,31 @@ def _varied(curves: Sequence[Curve]) -> dict[str, set]:
 
 def _related(curves: Sequence[Curve], keys: Sequence[str]) -> list[Curve]:
     """The curves that have a partner on the same task with other values of some of the keys and all else the same."""
+    return [curve for group in _alike_but(curves, keys) if len(_values_in(group, keys)) > 1 for curve in group]
+
+
+def _balanced(curves: Sequence[Curve], setting: str) -> list[Curve]:
+    """The curves whose other settings stand at every value that those with the most values of the setting have: the
+    mean at each value is then over the same."""
+    kept = []
+    for task in dict.fromkeys(curve.env_name for curve in curves):
+        groups = _alike_but([curve for curve in curves if curve.env_name == task], [setting])
+        widest = max((_values_in(group, [setting]) for group in groups), key=len)
+        kept += [curve for group in groups if _values_in(group, [setting]) == widest for curve in group]
+    return kept
+
+
+def _alike_but(curves: Sequence[Curve], keys: Sequence[str]) -> list[list[Curve]]:
+    """The curves in groups of one task and the same settings but for the keys."""
     groups: dict[tuple, list[Curve]] = defaultdict(list)
     for curve in curves:
         others = sorted((key, repr(value)) for key, value in curve.settings.items() if key not in keys)
         groups[curve.env_name, tuple(others)].append(curve)
-    return [
-        curve
-        for group in groups.values()
-        if len({tuple(repr(curve.settings.get(key)) for key in keys) for curve in group}) > 1
-        for curve in group
-    ]
+    return list(groups.values())
+
+
+def _values_in(curves: Sequence[Curve], keys: Sequence[str]) -> set[tuple[str, ...]]:
+    return {tuple(repr(curve.settings.get(key)) for key in keys) for curve in curves}
 
 
 def without_variants(curves: Sequence[Curve]) -> list[Curve]:

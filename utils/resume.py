@@ -1,8 +1,11 @@
 """Whether a checkpoint, or a run directory, belongs to what was asked for. Reads and compares; loads and writes
 nothing."""
 
+import hashlib
 import json
+from pathlib import Path
 
+from utils import checkpoints
 from utils.errors import UserError
 from utils.run_config import OPERATIONAL_FLAGS
 
@@ -90,6 +93,58 @@ def check_same_run(directory, config):
                 f'{directory} holds a run with {name}={before}, now it is {after}: '
                 f'use another --run_name, or the same settings'
             )
+
+
+def check_length(meta, config, directory):
+    """Raises UserError where the run in `directory` has been trained for longer than `config` asks for."""
+    done = meta['phase_step'] if meta['phase'] == 'finetuning' else 0
+    if done > config.finetuning_steps:
+        raise UserError(
+            f'{directory} holds a run with {done} fine-tuning updates, more than --finetuning_steps='
+            f'{config.finetuning_steps}: use another --run_name, or at least as many'
+        )
+
+
+def start_info(path, meta, pretraining_steps):
+    """What `config.json` and checkpoints say of a run's start: at the checkpoint `path` of another run with metadata
+    `meta`, or from scratch (None).
+
+    steps_before: the step at which the counting of this run's own updates starts. pretraining: what was restored; the
+    digest tells of its settings, data and length, and is the same for all seeds.
+    """
+    if path is None:
+        return {'origin': 'scratch', 'checkpoint': None, 'steps_before': 0}
+    known = [meta['agent_name'], meta['agent_config'], meta['data'], meta['normalizer'], meta['step']]
+    digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:8]
+    return {
+        'origin': '--restore_path',
+        'checkpoint': str(path),
+        'steps_before': max(0, meta['step'] - pretraining_steps),
+        'pretraining': {'digest': digest, 'seed': meta['seed'], 'step': meta['step']},
+    }
+
+
+def check_start(meta, config, directory):
+    """The start of the run in `directory`, from the metadata of its own checkpoint.
+
+    Raises UserError where `--restore_path` now leads to another pre-training; where it leads nowhere, the run has no
+    need of it any more.
+    """
+    # Checkpoints did not always hold it.
+    started = meta.get('start') or json.loads((directory / 'config.json').read_text())['start']
+    if config.restore_path is None:
+        return started
+    try:
+        path = checkpoints.resolve(Path(config.restore_path), phase='pretraining')
+        now = start_info(path, checkpoints.load_meta(path), config.pretraining_steps)
+    except UserError:
+        return started
+    if now['pretraining'] != started.get('pretraining'):
+        raise UserError(
+            f'{directory} holds a run that started from {started["checkpoint"] or "scratch"}, now it is {path}: '
+            'use another --run_name, or the same --restore_path'
+        )
+    return started
 
 
 def check_same_data(saved, found, directory):

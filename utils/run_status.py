@@ -14,8 +14,8 @@ FINISHED = 'finished'
 def run_status(run_directory: str | os.PathLike) -> str:
     """`FINISHED`, or what keeps the run from being so, in words: never started, stopped at a step, damaged.
 
-    Finished: `summary.json`, which a run writes at its very end, tells of every step that `config.json` asks for and of
-    every step that `metrics.jsonl` has (a run that was made longer and then stopped still has its old summary).
+    Finished: `summary.json`, which a run writes at its very end, tells of every step that `config.json` asks for, and
+    `metrics.jsonl` has just these.
     """
     run_directory = Path(run_directory)
     try:
@@ -32,7 +32,7 @@ def run_status(run_directory: str | os.PathLike) -> str:
         return str(error)
     except (KeyError, TypeError, AttributeError) as error:
         return f'damaged: config.json, metrics.jsonl or summary.json is not what a run writes ({error!r})'
-    if summarised < max(reached, wanted):
+    if not summarised == reached >= wanted:
         return f'not finished: at step {reached} of {max(reached, wanted)}'
     return FINISHED
 

@@ -233,13 +233,20 @@ def _begin_finetuning(agents, batches, keys):
     return devices.spread(begun, 'seed')
 
 
-def begin_finetuning(agents, dataset, keys):
+def begin_finetuning(agents, dataset, keys, own_normalizer=False):
     """Every seed's `begin_finetuning` on a labelled batch of its own (the agent's `num_latent_inference_samples`, or
-    one batch). `agents` is donated; the batches are drawn where `dataset` is."""
+    one batch). `agents` is donated; the batches are drawn where `dataset` is.
+
+    own_normalizer: the labelled observations have other units than those of pre-training; the batch then has their
+    range, as `observation_min` and `observation_max`.
+    """
     batch_keys, agent_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
     spec = batch_spec(agents)
     spec = spec._replace(size=agents.config.get('num_latent_inference_samples', spec.size))
     drawn = _draw_labelled(dataset, jax.device_put(batch_keys, _device_of(dataset)), spec=spec)
+    if own_normalizer and (observed := datasets.observation_range(dataset)) is not None:
+        lowest, highest = (jnp.broadcast_to(bound, (len(keys), *bound.shape)) for bound in observed)
+        drawn |= {'observation_min': lowest, 'observation_max': highest}
     mesh = devices.mesh_of(agents)
     with devices.tracing(mesh):
         return _begin_finetuning(agents, devices.place(drawn, mesh, 'seed'), devices.place(agent_keys, mesh, 'seed'))
