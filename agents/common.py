@@ -197,6 +197,8 @@ def contrastive_metrics(logits):
 def importance_weighted_actor_loss(logits, goal_rewards, means, stds, actions, alpha: float, normalize: bool):
     """L_π = −λ·E q − α·E log π(a|s) with q_i = w_i·R(g_i) and w_i = B·softmax_j(f_ij)_i, in log space: the estimate
     of the density ratio p(g_i | s_i, a_i) / p(g_i) (contrastive RL, arXiv 2206.07568, §4; TD InfoNCE, 2310.20141, §4).
+    E q is then (1−γ)·Q where goals are drawn from p(g) (`actor_goals=marginal`); the published default takes later
+    states of the row's own trajectory.
 
     logits: (B, B), of the policy's own actions; goal_rewards: (B,); means, stds, actions: (B, A).
     """

@@ -220,7 +220,8 @@ class FBIQLAgent(flax.struct.PyTreeNode):
 
 
 def forward_backward_loss(measures, next_measures, discount: float):
-    """L_FB = E_i Σ_e [−M_ii + 1/(2(B−1))·Σ_{j≠i} (M_ij − γ·M̄_ij)²] (FB, arXiv 2103.07945; 2209.14935, §3).
+    """L_FB = E_i Σ_e [−M_ii + 1/(2(B−1))·Σ_{j≠i} (M_ij − γ·M̄_ij)²] (FB, arXiv 2103.07945; 2209.14935, §3), summed over
+    the two F as in the published code: `orthonorm_coeff` weighs against both.
 
     measures: (E, B, B), F_e(s_i, a_i, z_i)·B̂(s'_j); next_measures: (B, B), of the target networks at s'_i.
     """

@@ -1,7 +1,7 @@
 """HILP + IQL: Hilbert representations (arXiv 2402.15567), with skills and fine-tuning by IQL (arXiv 2110.06169).
 
-Pre-training fits, on reward-free transitions, φ whose distances ‖φ(s) − φ(g)‖ are temporal ones, as the goal-reaching
-value −‖φ(s) − φ(g)‖, and, by IQL, skills π(a|s, z) that move φ along z: r = (φ(s') − φ(s))·z.
+Pre-training fits, on reward-free transitions, φ whose distances ‖φ(s) − φ(g)‖ are temporal ones, discounted, as the
+goal-reaching value −‖φ(s) − φ(g)‖, and, by IQL, skills π(a|s, z) that move φ along z: r = (φ(s') − φ(s))·z.
 Fine-tuning infers the z whose reward is nearest to the task's, and IQL goes on with the same networks at it.
 
 This file holds the configuration, the losses and the updates; sampling batches, looping over steps and files live

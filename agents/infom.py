@@ -1,8 +1,8 @@
 """InFOM: Intention-Conditioned Flow Occupancy Models (arXiv 2506.08902).
 
-Pre-training fits, on reward-free transitions, an intention encoder q(z|s',a') and a vector field v(x_t, t, s, a, z)
-whose flow samples the discounted future states of (s, a) under intention z, with the SARSA form of the TD-flow loss
-(arXiv 2503.09817), plus a cloned policy.
+Pre-training fits, on reward-free transitions, an intention encoder q(z|s',a') (the paper's p_e) and a vector field
+v(x_t, t, s, a, z) whose flow samples the discounted future states of (s, a) under intention z, with the SARSA form of
+the TD-flow loss (arXiv 2503.09817), plus a cloned policy.
 Fine-tuning scores sampled futures with a learned reward, distils them over random z into Q with an expectile loss
 (implicit generalised policy improvement) and improves the policy on Q with behavioural cloning as regulariser.
 Intentions of other origins, for ablations, are in `agents/intentions.py`, candidates against instability in
@@ -117,10 +117,12 @@ class InFOMAgent(flax.struct.PyTreeNode):
     # --------------------------------------------------------------------------------------------------------- losses
 
     def occupancy_loss(self, params, batch, key):
-        """L_FM + λ·L_KL: the negative evidence lower bound with the SARSA TD-flow loss as its likelihood term.
+        """L_FM + λ·L_KL: the value of the negative evidence lower bound with the SARSA TD-flow loss as its likelihood
+        term; its gradient only with `future_intention_gradient`.
 
         L_FM = E[(1−γ)·ℓ_cur + γ·ℓ_fut] (arXiv 2506.08902, §4.2; arXiv 2503.09817): ℓ_cur draws the flow towards the
-        current state, ℓ_fut towards samples of the target field at (s', a'). z gets gradient from ℓ_cur and L_KL only.
+        current state, ℓ_fut towards samples of the target field at (s', a'). z gets gradient from ℓ_cur and L_KL only,
+        as published, unless `future_intention_gradient`.
         """
         latent_key, time_key, noise_key, next_noise_key = jax.random.split(key, 4)
         latents, kl_loss = self.intentions_and_kl(params, batch, latent_key)
@@ -186,7 +188,10 @@ class InFOMAgent(flax.struct.PyTreeNode):
         return lax.map(lambda key: self.intention_returns(params, batch, key), keys).max(axis=0)
 
     def intention_returns(self, params, batch, key):
-        """1/((1−γ)·N)·Σ_k R(x̂_k), N futures of the field in `params` at (s, a, z), one z per row: (B,)."""
+        """1/((1−γ)·N)·Σ_k R(x̂_k), N futures of the field in `params` at (s, a, z), one z per row: (B,).
+
+        The occupancy counts s itself: where rewards belong to s' (ExORL), this is R(s) + γ times their return.
+        """
         latent_key, noise_key = jax.random.split(key)
         latents = self.critic_intentions(params, batch, latent_key)
         states = self.features(params, batch['observations'])
@@ -384,7 +389,7 @@ def get_config():
             value_hidden_dims=(512, 512, 512, 512),  # Critic and vector field.
             reward_hidden_dims=(512, 512, 512, 512),
             intention_encoder_layer_norm=True,
-            value_layer_norm=True,  # Critic and vector field; without it long fine-tuning is known to collapse.
+            value_layer_norm=True,  # Critic and vector field; without it others report collapses.
             actor_layer_norm=False,
             reward_layer_norm=True,
             reward_weight_decay=0.0,  # Decoupled weight decay (AdamW) of the learned reward.
@@ -398,7 +403,7 @@ def get_config():
             q_agg='min',  # Aggregation of the two critics in the actor loss: min or mean.
             intention_encoder='variational',  # Origin of z; ablations: none, fb, hilp (agents/intentions.py).
             policy_extraction='implicit_gpi',  # Expectile over z; ablations: gpi (max over z), one_step (no z).
-            critic_latent_type='prior',  # z of the critic's targets: prior N(0, I), encoding q(z|s',a'), aggregate E q.
+            critic_latent_type='prior',  # z of the critic's targets: prior, encoding, or aggregate (other rows').
             num_flow_goals=16,  # N, futures per row in the critic's target.
             num_flow_steps=10,  # Euler steps.
             clip_flow_goals=True,  # Clip flow samples to the observed range after each step (states only).
