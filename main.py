@@ -26,11 +26,12 @@ def make_experiment(phases=('pretraining', 'finetuning')):
     config = set_up_jax(resolve_settings(FLAGS, phases))
     task = envs.task_spec(config.env_name, config.dataset)
     evaluates = config.eval_episodes and config.finetuning_steps
-    if task.visual and evaluates:
+    films = evaluates and config.video_episodes
+    if evaluates and (task.visual or (films and config.dataset is None)):
         envs.rendering.require_backend()  # Now, not after hours of pre-training.
     # After the flags are checked: these bring JAX in, which takes seconds.
     from envs import custom, data
-    from utils.evaluation import ENVIRONMENTS_PER_WORKER, Evaluator, record_video
+    from utils.evaluation import ENVIRONMENTS_PER_WORKER, Evaluator, check_rendering, record_video
     from utils.experiment import Experiment
 
     workers = config.eval_workers or len(os.sched_getaffinity(0))
@@ -43,6 +44,8 @@ def make_experiment(phases=('pretraining', 'finetuning')):
         load_raw = functools.partial(custom.load_raw, config.dataset)
         if evaluates:
             make_env().close()  # Its spaces are checked now, not after pre-training.
+        if films:
+            check_rendering(functools.partial(make_env, render_mode='rgb_array'))
     make_rendering_env = functools.partial(make_env, render_mode='rgb_array')
     return Experiment(
         config,

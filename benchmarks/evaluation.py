@@ -32,19 +32,20 @@ def make_policy(env_name: str, preset: str):
     from utils.normalizers import Normalizer
     from utils.saved_policy import blank_example
 
+    settings = presets.resolve('infom', env_name, preset)
     config = infom.get_config()
-    config.update(presets.resolve('infom', env_name, preset).agent)
-    agents = training.create_agents(infom.AGENT, [0], blank_example(envs.task_spec(env_name)), config)
+    config.update(settings.agent)
+    example = blank_example(envs.task_spec(env_name), settings.flags['frame_stack'])
+    agents = training.create_agents(infom.AGENT, [0], example, config)
     return training.make_policy(agents, Normalizer('none'), [0])
 
 
-def compare(make_env, policy, worker_counts, episodes: int, repeats: int):
-    """{workers: (seconds of the first evaluation, [seconds of each turn])}; raises RuntimeError where results
-    differ."""
-    evaluators = {
-        workers: Evaluator(make_env, workers, ENVIRONMENTS_PER_WORKER if workers > 1 else 1)
-        for workers in worker_counts
-    }
+def compare(make_env, policy, worker_counts, episodes: int, repeats: int, places: int = ENVIRONMENTS_PER_WORKER):
+    """{workers: (seconds of the first evaluation, [seconds of each turn])}; raises RuntimeError where results differ.
+
+    places: environments of each worker.
+    """
+    evaluators = {workers: Evaluator(make_env, workers, places if workers > 1 else 1) for workers in worker_counts}
     times: dict[int, list[float]] = {workers: [] for workers in worker_counts}
     results = []
     try:
@@ -65,8 +66,10 @@ def compare(make_env, policy, worker_counts, episodes: int, repeats: int):
 def main(_):
     counts = [1, *FLAGS.workers]
     policy = make_policy(FLAGS.env_name, FLAGS.preset)
-    make_env = functools.partial(envs.make_env, FLAGS.env_name, 0)
-    measured = compare(make_env, policy, counts, FLAGS.episodes, FLAGS.repeats)
+    frame_stack = presets.resolve('infom', FLAGS.env_name, FLAGS.preset).flags['frame_stack']
+    make_env = functools.partial(envs.make_env, FLAGS.env_name, 0, frame_stack=frame_stack)
+    places = 1 if envs.task_spec(FLAGS.env_name).visual else ENVIRONMENTS_PER_WORKER
+    measured = compare(make_env, policy, counts, FLAGS.episodes, FLAGS.repeats, places)
     alone = measured[1][1]
     print(f'{FLAGS.env_name}, {FLAGS.episodes} episodes, {len(os.sched_getaffinity(0))} cores\n')
     print('| workers | s, first | s | of the time without |\n|---|---|---|---|')

@@ -4,12 +4,14 @@
     python -m benchmarks.occupancy exp/occupancy [--num_states=256] [--output=exp/occupancy/results]
 
 For every run under a directory, each of its seeds and kept checkpoints: `utils.occupancy.occupancy_report` on the
-held-out file of its first phase, on the same states and with the same random numbers for all. Writes `occupancy.csv`
-and `occupancy.png`, runs that differ only in their seed (`_sd<seed>` at the end of the name) as one line with a band of
-one standard deviation, and prints a Markdown table of their means.
+held-out file of its first phase, with the same random numbers for all. Writes `occupancy.csv` and `occupancy.png`, runs
+that differ only in their seed (`_sd<seed>` at the end of the name) as one line with a band of one standard deviation,
+and prints a Markdown table of their means. Runs without an occupancy model are named and left out; so is what keeps
+distances from comparing: other held-out states, other units.
 """
 
 import re
+import sys
 from pathlib import Path
 
 import jax
@@ -33,25 +35,27 @@ COLUMNS = ('run', 'seed', 'phase', 'step', 'predictor', 'energy_distance', 'ener
 
 def label_of(run: str) -> str:
     """A run's name without its seeds."""
-    return re.sub(r'_sd\d+(-\d+)?$', '', run)
+    return re.sub(r'_sd\d+(-\d+)?(?=(_pretraining|_finetuning)?$)', '', run)
 
 
-def score_run(directory: Path, num_states: int, dataset_dir: str | None = None) -> list[tuple]:
-    """A row of `COLUMNS` for each seed, kept checkpoint and predictor of one run, in that order.
+def score_run(directory: Path, name: str, num_states: int, dataset_dir: str | None = None) -> tuple[list, set]:
+    """(a row of `COLUMNS` for each seed, kept checkpoint and predictor of one run, in that order; the units and states
+    of its distances, more than one where its checkpoints differ in them).
 
     Raises:
         UserError: it is no run, or its agent has no occupancy model.
     """
-    rows, key = [], jax.random.key(0)
+    rows, units, key = [], set(), jax.random.key(0)
     look = open_run(directory, dataset_dir=dataset_dir)
     look.load()
     for seed in range(look.config['seed'], look.config['seed'] + look.config['num_seeds']):
         look.seed = seed
         for meta, report in look.score_occupancy(key, num_states, NUM_FUTURES):
+            units.add(look.units(meta))
             for predictor, scores in report.items():
                 values = scores['energy_distance'], scores['energy_distance_error']
-                rows.append((directory.name, seed, meta['phase'], meta['step'], predictor, *values))
-    return rows
+                rows.append((name, seed, meta['phase'], meta['step'], predictor, *values))
+    return rows, units
 
 
 def lines(rows, predictor: str) -> dict[str, list[tuple[np.ndarray, np.ndarray]]]:
@@ -96,15 +100,41 @@ def draw(rows, path: Path) -> None:
     plots.close(figure)
 
 
-def main(argv):
-    directory = Path(argv[1]).expanduser()
+def score_runs(directory: Path, num_states: int, dataset_dir: str | None = None) -> tuple[list, set, list]:
+    """(rows, units) of all runs at or under a directory, as `score_run` gives them for one, and why others are left
+    out.
+
+    Raises:
+        UserError: no run, or none that can be scored.
+    """
     runs = sorted(find_runs(directory))
     if not runs:
         raise UserError(f'no run in {directory}: expected directories that main.py or pretrain.py made')
-    output = require_writable(Path(FLAGS.output).expanduser() if FLAGS.output else directory / 'results')
-    rows = []
+    rows, units, left_out = [], set(), []
     for run in tqdm(runs, unit='run'):
-        rows += score_run(run, FLAGS.num_states, FLAGS.dataset_dir)
+        name = str(run.relative_to(directory)) if run != directory else run.resolve().name
+        try:
+            scored, its_units = score_run(run, name, num_states, dataset_dir)
+        except UserError as error:
+            left_out.append(f'{name}: {error}')
+            continue
+        rows += scored
+        units |= its_units
+    if not rows:
+        raise UserError('; '.join(left_out))
+    return rows, units, left_out
+
+
+def main(argv):
+    directory = Path(argv[1]).expanduser()
+    output = Path(FLAGS.output).expanduser() if FLAGS.output else directory / 'results'
+    rows, units, left_out = score_runs(directory, FLAGS.num_states, FLAGS.dataset_dir)
+    for reason in left_out:
+        print(f'left out: {reason}', file=sys.stderr)
+    if len(units) > 1:
+        print('Mind: these distances are of several held-out files or in several units:', file=sys.stderr)
+        print('\n'.join(sorted(units)), file=sys.stderr)
+    require_writable(output)
     write_csv(output / 'occupancy.csv', COLUMNS, rows)
     draw(rows, output / 'occupancy.png')
     print(table(rows))

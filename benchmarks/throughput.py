@@ -138,8 +138,9 @@ def timed(run) -> float:
     return time.perf_counter() - began
 
 
-def our_loop(problem: Problem, phase: str, updates: int, num_seeds: int = 1) -> Loop:
-    """The agent in the compiled chunk of `utils/training.py`, data on the device, seeds 0, 1, … side by side."""
+def our_loop(problem: Problem, phase: str, updates: int, num_seeds: int = 1, calls: int = 1) -> Loop:
+    """The agent in the compiled chunk of `utils/training.py`, data on the device, seeds 0, 1, … side by side; a turn is
+    `calls` calls of `updates` updates, dispatched one after the other and waited for once."""
     dataset = jax.device_put(problem.dataset(phase))
     seeds = list(range(num_seeds))
     state = training.create_agents(problem.agent_class, seeds, problem.example, problem.config)
@@ -152,12 +153,13 @@ def our_loop(problem: Problem, phase: str, updates: int, num_seeds: int = 1) -> 
 
     def run():
         nonlocal state, start
-        state, metrics = chunk(state, dataset, keys, np.int32(start))
-        start += updates
+        for _ in range(calls):
+            state, metrics = chunk(state, dataset, keys, np.int32(start))
+            start += updates
         jax.block_until_ready((state, metrics))
 
     run()
-    return Loop(run, updates, time.perf_counter() - began, gflop, megabytes_of(chunk))
+    return Loop(run, updates * calls, time.perf_counter() - began, gflop, megabytes_of(chunk))
 
 
 def megabytes_of(compiled) -> float | None:
@@ -287,15 +289,18 @@ def main(_):
     about = machine()
     problem = make_problem(agent, values.env_name, values.preset, values.rows, values.batch_size)
     updates = updates_of_a_turn(problem.config)
-    results, rates = {}, []
+    measured, rates = {}, []
     for phase in PHASES:
         loops = {'ours': our_loop(problem, phase, updates[phase], values.num_seeds)}
         if agent in HOST_LOOPS and not task.visual and values.num_seeds == 1:
             loops['host'] = plain_loop(problem, phase, updates[phase])
         rates.append(arithmetic.measure_matmul_rate() / 1e9)
         times = measure(loops, values.repeats, phase)
+        # Without what runs them: the agents and data of this phase make room for those of the next.
+        measured[phase] = {name: dataclasses.replace(loop, run=None) for name, loop in loops.items()}, times
+        del loops
         rates.append(arithmetic.measure_matmul_rate() / 1e9)
-        results[phase] = summarize(loops, times, values.num_seeds, max(rates))
+    results = {phase: summarize(*of_phase, values.num_seeds, max(rates)) for phase, of_phase in measured.items()}
 
     shapes = {k: '×'.join(map(str, problem.raw[k].shape[1:])) for k in ('observations', 'actions')}
     print(

@@ -134,7 +134,9 @@ def panels(spec: TaskSpec) -> tuple[Panel, ...]:
         return ()
     if spec.suite == custom.SUITE:
         columns = [_column(f'observation {index}', index) for index in range(min(4, spec.observation_shape[0]))]
-        pairs = zip(columns[::2], columns[1::2] or columns)  # A single column is drawn against itself.
+        if len(columns) % 2:  # The last of an odd number is drawn against the first.
+            columns.append(columns[0])
+        pairs = zip(columns[::2], columns[1::2], strict=True)
         return tuple(Panel(f'{x.label} and {y.label}', x, y) for x, y in pairs)
     return EXORL_PANELS[spec.domain] if spec.suite == 'exorl' else _ogbench_panels(spec.domain)
 

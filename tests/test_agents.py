@@ -409,8 +409,8 @@ def test_saved_and_resumed_is_uninterrupted_bit_for_bit(name, phase, tmp_path):
     assert not equal(resumed.params, first.params)
 
 
-def test_validation_leaves_the_agents_alone(name):
-    """Both phases' metrics of a fresh agent, vmapped, are finite: also before anything was learnt or imagined."""
+def test_validation_gives_a_number_for_each_seed(name):
+    """In both phases, of a fresh agent, vmapped: before anything was learnt or imagined, too."""
     agents = fresh(name)
     keys = training.stream_keys(SEEDS, 'validation')
     for phase in PHASES:

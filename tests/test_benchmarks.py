@@ -124,6 +124,9 @@ def test_the_command_prints_a_line_of_json():
         assert report[f'{phase}_ratio'] > 0
         assert report[f'{phase}_ms'] > 0 and report[f'{phase}_host_ms'] > 0
     assert report['finetune_updates'] == 4  # Whole actor periods.
+    for phase in ('pretrain', 'finetune'):  # The share is of the rate that stands beside it.
+        reached = report[f'{phase}_gflop'] * report[f'{phase}_seed_updates_per_second']
+        assert report[f'{phase}_matmul_share'] == pytest.approx(reached / report['matmul_gflops'], abs=2e-3, rel=5e-3)
     assert report['versions']['jax'] == jax.__version__
 
 

@@ -132,6 +132,16 @@ def test_a_row_is_cropped_alike_in_s_next_s_and_all_frames():
     np.testing.assert_array_equal(next_s[:, 0, 0, 1], s[:, 0, 0, 3])
 
 
+@pytest.mark.parametrize('reward_at', ['observations', 'next_observations'])
+def test_the_state_of_the_reward_is_cropped_with_its_row(reward_at):
+    raw = numbered([6, 6]) | {'rewards': np.zeros(12, np.float32), 'masks': np.ones(12, np.float32)}
+    images = gradient_images([6, 6], p_aug=1.0).observations
+    dataset = tiny.make_dataset({**raw, 'observations': np.asarray(images)}, p_aug=1.0, reward_at=reward_at)
+    batch = datasets.sample(dataset, jax.random.key(2), 32)
+    np.testing.assert_array_equal(batch['reward_observations'], batch[reward_at])
+    assert not np.array_equal(batch['observations'], batch['next_observations'])
+
+
 def test_cropping_shifts_by_its_offset_and_replicates_edges():
     image = jnp.arange(64, dtype=jnp.uint8).reshape(1, 8, 8, 1)
     padded = np.pad(np.asarray(image)[0, :, :, 0], 3, mode='edge')

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from utils import devices
+from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -29,6 +30,31 @@ def test_one_device_has_no_mesh():
     assert devices.seed_axis() is None
     batch = {'observations': object()}
     assert devices.spread(batch, 'batch') is batch
+
+
+@pytest.mark.parametrize(
+    ('seeds', 'batch_size', 'there', 'shape'),
+    [
+        (3, 256, 4, (1, 4)),
+        (3, 256, 8, (1, 8)),
+        (3, 256, 6, (3, 2)),
+        (8, 256, 4, (4, 1)),
+        (2, 32, 8, (2, 4)),
+        (4, 3, 6, (2, 3)),
+    ],
+)
+def test_several_processes_leave_no_device_out_where_it_can_be(monkeypatch, seeds, batch_size, there, shape):
+    monkeypatch.setattr(jax, 'process_count', lambda: 2)
+    monkeypatch.setattr(jax, 'devices', lambda: list(range(there)))
+    monkeypatch.setattr(devices, 'Mesh', lambda array, axes: array.shape)
+    assert devices.make_mesh(seeds, batch_size) == shape
+
+
+def test_devices_without_work_are_refused_where_there_are_several_processes(monkeypatch):
+    monkeypatch.setattr(jax, 'process_count', lambda: 2)
+    monkeypatch.setattr(jax, 'devices', lambda: list(range(4)))
+    with pytest.raises(UserError, match='leave 1 of 4 devices without work'):
+        devices.make_mesh(3, 9)
 
 
 def test_a_cpu_computes_in_float32_at_every_precision():

@@ -70,8 +70,33 @@ def test_only_group_norm_in_resnet_and_no_norm_in_impala():
     assert 'GroupNorm' in resnet and 'BatchNorm' not in resnet and 'LayerNorm' not in resnet
 
 
-def test_impala_rescales_pixels():
-    """uint8 pixels count as x/255: an encoder of floats that are already divided gives the same."""
+def test_impala_sees_pixels_from_0_to_1():
+    """Without a stack, against the last layer by hand."""
+    images = jax.random.randint(KEY, (2, 4, 4, 3), 0, 256).astype(jnp.uint8)
+    encoder = ImpalaEncoder((), 1, 8)
+    params = encoder.init(KEY, images)['params']
+    (kernel,) = [leaf for leaf in jax.tree.leaves(params) if leaf.ndim == 2]
+    expected = jax.nn.gelu(images.reshape(2, -1) / 255 @ kernel)
+    np.testing.assert_allclose(encoder.apply({'params': params}, images), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_resnet_sees_pixels_from_minus_1_to_1_and_where_they_are():
+    images = jax.random.randint(KEY, (2, 8, 8, 3), 0, 256).astype(jnp.uint8)
+    encoder = ResNetEncoder((1,))
+    params = encoder.init(KEY, images)['params']
+    _, state = encoder.apply(
+        {'params': params}, images, capture_intermediates=lambda module, _: module.name == 'Conv_0'
+    )
+    (found,) = state['intermediates']['Conv_0']['__call__']
+    places = np.stack(np.meshgrid(np.linspace(-1, 1, 8), np.linspace(-1, 1, 8), indexing='ij'), axis=-1)
+    seen = np.concatenate([np.asarray(images) / 127.5 - 1, np.broadcast_to(places, (2, 8, 8, 2))], axis=-1)
+    kernel = params['Conv_0']['kernel']
+    layout = ('NHWC', 'HWIO', 'NHWC')
+    expected = jax.lax.conv_general_dilated(jnp.float32(seen), kernel, (2, 2), 'SAME', dimension_numbers=layout)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_impala_takes_pixels_of_any_type():
     encoder = make_encoder('impala_debug')
     images = jax.random.randint(KEY, (2, 16, 16, 3), 0, 256).astype(jnp.uint8)
     params = encoder.init(KEY, images)['params']

@@ -46,6 +46,12 @@ def test_task_spec_of_an_ogbench_task():
     assert (spec.observation_shape, spec.action_size) == ((83,), 5)
 
 
+def test_rewards_of_exorl_belong_to_the_next_state():
+    for name in envs.TASKS:
+        spec = envs.task_spec(name)
+        assert spec.reward_at == ('next_observations' if spec.suite == 'exorl' else 'observations')
+
+
 def test_tasks_of_one_domain_share_their_data():
     domains = {}
     for name in envs.TASKS:

@@ -6,16 +6,20 @@ import logging
 import shutil
 import signal
 
+import jax
 import numpy as np
 import pytest
 from absl import flags
 
 import envs
+from agents import fb_iql
 from tests.tiny import random_walks
-from utils import checkpoints, runs
+from utils import checkpoints, runs, saved_policy, training
 from utils.errors import TrainingDiverged, UserError
 from utils.experiment import Experiment
 from utils.flags import define_flags, resolve_settings, set_up_jax
+from utils.normalizers import Normalizer
+from utils.resume import check_same_run
 from utils.run_status import FINISHED, run_status
 
 TASK = 'cube-single-play-singletask-task1-v0'
@@ -41,17 +45,22 @@ def load_raw(phase, split, size, bad_row=None):
     return {**raw, 'source': {'file': split, 'fingerprint': f'{phase}-{split}'}}
 
 
+OBSERVED = np.linspace(-1, 1, 10, dtype=np.float32).reshape(2, 5)  # By the policies that are evaluated.
+
+
 class CountingEvaluator:
-    """Stands in for the simulator: scores the policy's actions on fixed observations, deterministic in the policy."""
+    """Stands in for the simulator: scores the policy's actions on fixed observations, deterministic in the policy.
+    `asked`: (seeds, episodes, actions) of each evaluation."""
 
     def __init__(self, calls):
-        self.calls = calls
+        self.calls, self.asked = calls, []
 
     def evaluate(self, policy, num_seeds, seeds, num_episodes, eval_index, should_stop):
         if should_stop():
             return None
         self.calls.append(eval_index)
-        actions = policy(np.linspace(-1, 1, 10, dtype=np.float32).reshape(2, 5))
+        actions = policy(OBSERVED)
+        self.asked.append((list(seeds), num_episodes, actions))
         assert actions.shape == (num_seeds, 2, 3)
         return [{'episode.return': float(a.sum()), 'episode.success': 0.0, 'episode.length': 2.0} for a in actions]
 
@@ -110,14 +119,26 @@ def copy_of(config, tmp_path):
 
 @pytest.fixture(scope='module')
 def finished(tmp_path_factory):
-    """One uninterrupted run of both phases."""
-    path, calls = tmp_path_factory.mktemp('finished'), []
-    config = make_config(path)
-    return config, run(config, calls=calls), calls
+    """One uninterrupted run of both phases, and what evaluated it."""
+    evaluator = CountingEvaluator([])
+    config = make_config(tmp_path_factory.mktemp('finished'))
+    return config, run(config, make_evaluator=lambda: evaluator), evaluator
+
+
+@pytest.fixture(scope='module')
+def quick(tmp_path_factory):
+    """The same of an agent that compiles quickly: its configuration."""
+    config = make_quick_config(tmp_path_factory.mktemp('quick'))
+    run(config, calls=[])
+    return config
+
+
+def make_quick_config(path, *arguments, **options):
+    return make_config(path, '--agent=iql', *arguments, **options)
 
 
 def test_a_run_logs_both_phases_and_each_step_once(finished):
-    config, _, calls = finished
+    config, _, evaluator = finished
     rows = runs.read_metrics(config.run_dir / 'metrics.jsonl')
     training = [row for row in rows if 'training/flow_loss' in row]
     assert [(row['phase'], row['step']) for row in training] == [
@@ -126,8 +147,20 @@ def test_a_run_logs_both_phases_and_each_step_once(finished):
     ]  # fmt: skip
     assert all('validation/flow_loss' in row and row['time/updates_per_second'] > 0 for row in training)
     assert 'training/critic_loss' in training[-1] and 'training/critic_loss' not in training[0]
+    calls = evaluator.calls
     assert calls == [24, 32, 40, 48], 'before the first fine-tuning step, at every interval, and once at the end'
     assert [row['step'] for row in rows if 'evaluation/episode.success' in row] == calls
+
+
+def test_the_policy_acts_on_observations_as_training_saw_them(finished):
+    """Normalised by what pre-training fitted; for the run's seeds and episodes."""
+    config, experiment, evaluator = finished
+    assert all(asked[:2] == ([0], config.eval_episodes) for asked in evaluator.asked)
+    normalizer = Normalizer.fit(load_raw('pretraining', 'train', None)['observations'], 'normal')
+    act = training.make_policy(experiment.agents, lambda x: x, [0])
+    *_, (_, _, actions) = evaluator.asked
+    np.testing.assert_allclose(actions, act(normalizer(OBSERVED)), atol=1e-6)
+    assert np.abs(actions - act(OBSERVED)).max() > 1e-3
 
 
 def test_kept_checkpoints_are_the_end_of_pretraining_and_the_end(finished):
@@ -136,7 +169,7 @@ def test_kept_checkpoints_are_the_end_of_pretraining_and_the_end(finished):
 
 
 def test_checkpoints_that_stay_on_the_way(tmp_path):
-    config = make_config(tmp_path, '--finetuning_steps=0', '--keep_interval=8', '--save_interval=24')
+    config = make_quick_config(tmp_path, '--finetuning_steps=0', '--keep_interval=8', '--save_interval=24')
     with make_experiment(config) as experiment:
         experiment.pretrain()
     assert {path.name for path in (config.run_dir / 'checkpoints').iterdir()} == {'8', '16', '24'}
@@ -164,62 +197,58 @@ def test_the_same_command_again_finds_the_run_complete(finished, caplog):
 
 
 @pytest.mark.parametrize('stop_at', [12, 24, 28, 40])
-def test_stopped_by_a_signal_and_resumed_equals_uninterrupted(finished, tmp_path, stop_at):
+def test_stopped_by_a_signal_and_resumed_equals_uninterrupted(quick, tmp_path, stop_at):
     """SIGTERM in either phase, at and between log boundaries: same arrays, same metrics, nothing twice."""
-    reference, *_ = finished
-    config = make_config(tmp_path)
+    config = make_quick_config(tmp_path)
     experiment = run_until(config, stop_at)
     assert experiment.offset + experiment.phase_step < 48
     started = json.loads((config.run_dir / 'config.json').read_text())['start']
     run(config, calls=[])
-    assert saved_arrays(config.run_dir, 48) == saved_arrays(reference.run_dir, 48)
-    assert lines(config) == lines(reference)
+    assert saved_arrays(config.run_dir, 48) == saved_arrays(quick.run_dir, 48)
+    assert lines(config) == lines(quick)
     assert json.loads((config.run_dir / 'config.json').read_text())['start'] == started, 'where the run began'
 
 
-def test_chunks_of_another_length_end_at_the_same_intervals(tmp_path):
+def test_chunks_of_another_length_end_at_the_same_intervals(quick, tmp_path):
     """As on another device: stopped 4 updates after a multiple of the new chunks' 8."""
-    arguments = '--agent=iql', '--save_interval=24', '--dataset_location=host'
-    reference, config = (make_config(tmp_path / name, *arguments) for name in 'ab')
-    run(reference, calls=[])
+    config = make_quick_config(tmp_path, '--save_interval=24', '--dataset_location=host')
     assert run_until(config, 8).phase_step == 12
     calls = []
     run(dataclasses.replace(config, chunk_size=8), calls=calls)
     assert calls == [24, 32, 40, 48]
-    assert [row['step'] for row in lines(config)] == [row['step'] for row in lines(reference)]
+    assert [row['step'] for row in lines(config)] == [row['step'] for row in lines(quick)]
     assert {path.name for path in (config.run_dir / 'checkpoints').iterdir()} == {'24', '48'}
-    ours, theirs = (checkpoints.read_arrays(c.run_dir / 'checkpoints' / '48') for c in (config, reference))
+    ours, theirs = (checkpoints.read_arrays(c.run_dir / 'checkpoints' / '48') for c in (config, quick))
     for name, array in ours.items():
         np.testing.assert_allclose(array, theirs[name], rtol=1e-4, atol=1e-5, err_msg=name)
 
 
-def test_a_last_evaluation_after_a_resume_is_not_due_again(finished, tmp_path):
+def test_a_last_evaluation_after_a_resume_is_not_due_again(quick, tmp_path):
     """SIGTERM cuts the last evaluation short; the second start makes it, the third has nothing to do."""
-    reference, *_ = finished
-    config = make_config(tmp_path)
+    config = make_quick_config(tmp_path)
     run_until(config, 48)
     second, third = [], []
     run(config, calls=second)
     run(config, calls=third)
     assert (second, third) == ([48], [])
-    assert lines(config) == lines(reference)
+    assert lines(config) == lines(quick)
 
 
-def test_without_its_last_checkpoint_a_finished_run_is_one_no_more(finished, tmp_path):
+def test_without_its_last_checkpoint_a_finished_run_is_one_no_more(quick, tmp_path):
     """It goes on from the one before, and what it had said of its end is gone until it is there again."""
-    config = copy_of(finished[0], tmp_path)
+    config = copy_of(quick, tmp_path)
     shutil.rmtree(config.run_dir / 'checkpoints' / '48')
     run_until(config, 40)
     assert run_status(config.run_dir) == 'not finished: at step 40 of 48'
     run(config, calls=[])
     assert run_status(config.run_dir) == FINISHED
-    assert lines(config) == lines(finished[0])
+    assert lines(config) == lines(quick)
 
 
-def test_a_start_that_fails_leaves_the_run_as_it_was(finished, tmp_path):
+def test_a_start_that_fails_leaves_the_run_as_it_was(quick, tmp_path):
     """Without checkpoints: a finished run is not begun anew, and one that is not finished loses no line to a mistake in
     the command."""
-    config = copy_of(finished[0], tmp_path)
+    config = copy_of(quick, tmp_path)
     before = (config.run_dir / 'metrics.jsonl').read_bytes()
     for checkpoint in (config.run_dir / 'checkpoints').iterdir():
         shutil.rmtree(checkpoint)
@@ -237,7 +266,7 @@ def test_a_start_that_fails_leaves_the_run_as_it_was(finished, tmp_path):
 
 
 def test_no_fine_tuning_is_none(tmp_path):
-    config = make_config(tmp_path, '--finetuning_steps=0')
+    config = make_quick_config(tmp_path, '--finetuning_steps=0')
 
     def load_unlabelled(phase, split, size):
         assert phase == 'pretraining'
@@ -285,14 +314,13 @@ def test_one_checkpoint_fine_tunes_on_its_own(finished, tmp_path):
     assert run_status(config.run_dir) == 'not finished: at step 48 of 58'
 
 
-def test_the_pretraining_that_a_run_fine_tunes_stays_the_same(finished, tmp_path):
+def test_the_pretraining_that_a_run_fine_tunes_stays_the_same(quick, tmp_path):
     """Another --restore_path is another run; one that is gone is not needed any more; and the digest tells of settings
     and length, not of the seed."""
-    reference, *_ = finished
     settings = '--pretraining_steps=0', '--finetuning_steps=8'
 
     def finetune(restore_path, run_name='r', *more):
-        config = make_config(
+        config = make_quick_config(
             tmp_path, *settings, f'--restore_path={restore_path}', f'--run_name={run_name}', *more,
             phases=('finetuning',),
         )  # fmt: skip
@@ -301,12 +329,12 @@ def test_the_pretraining_that_a_run_fine_tunes_stays_the_same(finished, tmp_path
         return json.loads((config.run_dir / 'config.json').read_text())['start']
 
     def pretrain(run_name, *more):
-        config = make_config(tmp_path, '--finetuning_steps=0', f'--run_name={run_name}', *more)
+        config = make_quick_config(tmp_path, '--finetuning_steps=0', f'--run_name={run_name}', *more)
         run(config)
         return config.run_dir
 
-    started = finetune(reference.run_dir)
-    assert started['checkpoint'] == str(reference.run_dir / 'checkpoints' / '24') and started['steps_before'] == 24
+    started = finetune(quick.run_dir)
+    assert started['checkpoint'] == str(quick.run_dir / 'checkpoints' / '24') and started['steps_before'] == 24
     shorter = pretrain('shorter', '--pretraining_steps=16')
     with pytest.raises(UserError, match=r'started from .*checkpoints/24, now it is .*shorter/checkpoints/16'):
         finetune(shorter)
@@ -316,13 +344,73 @@ def test_the_pretraining_that_a_run_fine_tunes_stays_the_same(finished, tmp_path
     assert finetune(shorter, 'from_shorter')['pretraining']['digest'] != started['pretraining']['digest']
 
 
-def test_more_pretraining_than_asked_for_is_what_was_before(finished, tmp_path):
+def test_more_pretraining_than_asked_for_is_what_was_before(quick, tmp_path):
     """main.py on a checkpoint of 24 updates with 8 of its own: it fine-tunes at once, at step 24."""
-    reference, *_ = finished
-    config = make_config(tmp_path, f'--restore_path={reference.run_dir}', '--pretraining_steps=8')
+    config = make_quick_config(tmp_path, f'--restore_path={quick.run_dir}', '--pretraining_steps=8')
     run(config, calls=[])
     assert [row['step'] for row in lines(config) if row['phase'] == 'finetuning'][-1] == 48
     assert run_status(config.run_dir) == FINISHED
+
+
+@pytest.mark.parametrize(
+    ('task', 'arguments'),
+    [
+        (TASK, ('--next_actions_across_episodes',)),
+        ('cheetah_run', ()),
+        ('visual-cube-single-play-singletask-task1-v0', ('--p_aug=0.25', '--frame_stack=2')),
+    ],
+)
+def test_the_settings_of_data_reach_the_data(tmp_path, task, arguments):
+    config, spec = make_config(tmp_path, f'--env_name={task}', *arguments), envs.task_spec(task)
+
+    def load(phase, split, size):
+        raw = load_raw(phase, split, size)
+        if spec.visual:
+            raw['observations'] = np.zeros((len(raw['actions']), 8, 8, 3), np.uint8)
+        return raw
+
+    phase, train, validation = make_experiment(config, task=spec, load=load)._load_phase('finetuning')
+    for dataset in (train, validation):
+        assert dataset.reward_at == ('next_observations' if task == 'cheetah_run' else 'observations')
+        assert dataset.frame_stack == config.frame_stack
+        assert dataset.next_actions_across_episodes == config.next_actions_across_episodes
+    assert (train.p_aug, validation.p_aug) == (config.p_aug, 0)
+    for split, dataset in (('train', train), ('val', validation)):
+        np.testing.assert_array_equal(dataset.rewards, load(phase, split, None)['rewards'], err_msg=split)
+
+
+def test_fine_tuning_infers_the_task_from_many_labelled_rows(tmp_path, monkeypatch):
+    """What `begin_finetuning` makes of them is what is fine-tuned, and what a checkpoint gives back."""
+    seen = []
+    begin = fb_iql.AGENT.begin_finetuning
+
+    def begin_and_note(agent, labelled_batch, key):
+        seen.append(labelled_batch['rewards'].shape)
+        return begin(agent, labelled_batch, key)
+
+    monkeypatch.setattr(fb_iql.AGENT, 'begin_finetuning', begin_and_note)
+    config = make_config(tmp_path, '--agent=fb_iql', '--pretraining_steps=8', '--finetuning_steps=8')
+
+    def load(phase, split, size):
+        raw = load_raw(phase, split, size)
+        return raw if phase == 'pretraining' else raw | {'rewards': raw['observations'][:, 0] - 1}
+
+    experiment = run(config, calls=[], load=load)
+    assert seen == [(config.agent.num_latent_inference_samples,)] and seen[0][0] > 5000
+    task = dataclasses.replace(envs.task_spec(TASK), observation_shape=(5,), action_size=3)
+    before, normalizer, _ = saved_policy.load_agents(config.run_dir / 'checkpoints' / '8', task)
+    after, *_ = saved_policy.load_agents(config.run_dir, task)
+    np.testing.assert_array_equal(after.task_latent, experiment.agents.task_latent)
+    labelled = load('finetuning', 'train', None)
+    agent = jax.tree.map(lambda x: x[0], before)
+    states = normalizer(labelled['observations'])
+    expected = (agent.backward(agent.params, states) * labelled['rewards'][:, None]).mean(axis=0)
+
+    def cosine(x):
+        return float(x @ expected / np.linalg.norm(x) / np.linalg.norm(expected))
+
+    # The rows with a next state alone are drawn, 10,000 times: near, and nearer than the random z of pre-training.
+    assert cosine(after.task_latent[0]) > 0.97 > abs(cosine(before.task_latent[0]))
 
 
 def test_pretraining_never_sees_a_reward(tmp_path):
@@ -371,6 +459,13 @@ def test_a_run_directory_of_other_settings_is_refused(finished, arguments, messa
         run(other)
 
 
+def test_own_data_may_lie_elsewhere_when_a_run_goes_on(finished):
+    config, *_ = finished
+    before = (config.run_dir / 'config.json').read_bytes()
+    check_same_run(config.run_dir, dataclasses.replace(config, dataset='/another/place/mine.npz'))
+    assert (config.run_dir / 'config.json').read_bytes() == before
+
+
 def test_other_data_are_refused_on_resume(finished):
     config, *_ = finished
 
@@ -387,6 +482,8 @@ def test_other_data_are_refused_on_resume(finished):
         ((), 'scene-play-singletask-task1-v0', 'pre-trained on cube-single'),
         (('--num_seeds=2',), TASK, 'holds 1 seeds'),
         (('--agent.latent_dim=4',), TASK, 'agent.latent_dim=8, now it is 4'),
+        (('--agent.discount=0.9',), TASK, 'agent.discount=0.99, now it is 0.9'),
+        (('--agent.clip_flow_goals=False',), TASK, 'agent.clip_flow_goals=True, now it is False'),
         (('--obs_norm_type=bounded',), TASK, 'obs_norm_type=normal, now it is bounded'),
     ],
 )

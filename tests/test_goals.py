@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests import tiny_agents
 from tests.test_datasets import episode_of, gradient_images, image_dataset, numbered
 from tests.tiny import make_dataset
 from utils import datasets
@@ -130,3 +131,26 @@ def test_goals_are_cropped_like_their_row():
 def test_impossible_goals_are_user_errors(options):
     with pytest.raises(UserError, match="'goal'"):
         Goals('goal', **options)
+
+
+def test_the_goals_that_agents_ask_for():
+    """Of the published settings, and of those that may be chosen instead."""
+    batch = tiny_agents.make_batch()
+
+    def goals_of(name, **settings):
+        agent = tiny_agents.make_agent(name, batch, discount=0.9, **settings)
+        return {need for need in agent.needs if isinstance(need, Goals)}
+
+    later, anywhere = Goals('actor_goal', trajectory=1.0), Goals('actor_goal', marginal=1.0)
+    future = Goals('goal', future=1.0, discount=0.9)
+    assert goals_of('crl_infonce') == {future, later}
+    assert goals_of('crl_infonce', goal_offset=0, actor_goals='marginal') == {
+        Goals('goal', future=1.0, discount=0.9, first_offset=0),
+        anywhere,
+    }
+    assert goals_of('td_infonce') == {future, later}
+    marginal = {anywhere, Goals('goal', marginal=1.0, discount=0.9)}
+    assert goals_of('td_infonce', goals='marginal', actor_goals='marginal') == marginal
+    distances = {Goals('goal', future=0.625, marginal=0.375, discount=0.9)}
+    assert goals_of('hilp_iql') == goals_of('infom', intention_encoder='hilp') == distances
+    assert goals_of('infom') == set()

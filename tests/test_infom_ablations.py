@@ -151,6 +151,25 @@ def test_the_representation_learns_beside_in_both_phases(name, agent_class, trai
         jax.tree.map(np.testing.assert_array_equal, owner.target_params, online)
 
 
+@pytest.mark.parametrize('name', ['fb', 'hilp'])
+def test_the_representation_has_the_sizes_and_rates_of_its_agent(name):
+    settings = {'discount': 0.7, 'tau': 0.3, 'lr': 2e-3, 'latent_dim': 6, 'actor_hidden_dims': (4,)}
+    batch = tiny_agents.make_batch()
+    agent = tiny_agents.make_agent('infom', batch, intention_encoder=name, value_layer_norm=False, **settings)
+    own = agent.representation.config
+    assert {key: own[key] for key in settings} == settings and own.value_layer_norm is False
+    assert own.get('repr_hidden_dims', agent.config.value_hidden_dims) == agent.config.value_hidden_dims
+    # Of InFOM's actor and the representation's the first layers are alike in shape, and not in what was drawn.
+    ours, theirs = (owner.params['actor'] for owner in (agent, agent.representation))
+    shared = [
+        (x, y)
+        for path, x in jax.tree.leaves_with_path(ours)
+        for other, y in jax.tree.leaves_with_path(theirs)
+        if path == other and x.shape == y.shape and x.std() > 0
+    ]
+    assert all(not np.array_equal(x, y) for x, y in shared)
+
+
 @pytest.mark.parametrize(
     'overrides',
     [

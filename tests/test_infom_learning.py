@@ -187,3 +187,7 @@ def test_fine_tuning_prefers_the_arm_that_leads_to_reward():
     agents = training.begin_finetuning(agents, make_dataset(labelled), training.stream_keys(SEEDS, 'begin_finetuning'))
     agents = train(agents, SEEDS, make_dataset(labelled), 'finetuning', 1000)
     assert mode(agents).min() > 0.3, f'modes {mode(agents)}'
+    right, left = (
+        jax.vmap(lambda agent: agent.q_values(jnp.zeros((1, 1)), jnp.full((1, 1), a)))(agents) for a in (0.5, -0.5)
+    )
+    assert (right - left).min() > 1, f'Q {right.ravel()} to the right, {left.ravel()} to the left'

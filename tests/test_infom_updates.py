@@ -129,6 +129,27 @@ def test_image_encoder_learns_through_x_t_of_the_current_term_alone():
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4 * largest), actual, expected)
 
 
+def test_the_future_term_of_images_lives_in_the_features_of_the_target_encoder():
+    """x_t and target from the target network alone; the critic's targets from the online one alone."""
+    agent, batch = image_case()
+    latents, times = (
+        jnp.ones((len(batch['actions']), agent.config.latent_dim)),
+        jnp.full((len(batch['actions']), 1), 0.5),
+    )
+
+    @jax.jit
+    def results(agent):
+        x, target = agent.future_term(batch, latents, times, KEY)
+        return {'future term': (x, target), 'critic': agent.q_targets(agent.params, batch, KEY)}
+
+    before = results(agent)
+    for networks, moved in (('params', 'critic'), ('target_params', 'future term')):
+        encoder = {'encoder': tiny.perturb(getattr(agent, networks)['encoder'], 5, 0.3)}
+        after = results(agent.replace(**{networks: getattr(agent, networks) | encoder}))
+        for name in before:
+            assert equal(before[name], after[name]) == (name != moved), (networks, name)
+
+
 @pytest.mark.parametrize(
     ('method', 'options', 'trained'),
     [

@@ -109,6 +109,7 @@ def rows_of(path):
 def test_infom_from_run_to_page(data_dir, tmp_path, small):
     run = make_run(tmp_path, data_dir, 'infom', data.PHASES)
     (run / 'videos' / 'step_20.mp4').write_bytes(b'a film')
+    (run / 'videos' / '.step_30.tmp.mp4').write_bytes(b'half a film')
     page = page_of(inspect.open_run(run, num_states=1))
     assert figures(run) == {
         'curves.png', 'futures.csv', 'futures_0.png', 'futures_0_pictures.png', 'intentions.csv', 'intentions.png',
@@ -130,7 +131,11 @@ def test_own_data_are_shown_by_numbered_observations(tmp_path, small):
     raw = tiny.random_walks(labelled=True)
     np.savez(tmp_path / 'mine.npz', **raw)
     run = make_run(tmp_path, None, 'infom', data.PHASES, dataset=str(tmp_path / 'mine.npz'))
+    config = json.loads((run / 'config.json').read_text())
+    config['data']['finetuning/val'] = {'fingerprint': 'another'}
+    (run / 'config.json').write_text(json.dumps(config))
     page = page_of(inspect.open_run(run, num_states=1))
+    assert page.count('Mind: mine.npz is not the file') == 1 and 'one step ahead of the realised return' in page
     assert figures(run) == {
         'curves.png', 'futures.csv', 'futures_0.png', 'intentions.csv', 'intentions.png', 'occupancy.csv',
         'occupancy.png', 'values.csv', 'values.png',

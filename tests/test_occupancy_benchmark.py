@@ -20,18 +20,19 @@ NUM_STATES = 3
 def test_every_seed_and_checkpoint_on_the_same_states(data_dir, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(benchmark, 'NUM_FUTURES', 8)
     run = make_run(tmp_path, data_dir, 'infom', data.PHASES, num_seeds=2, obs_norm_per_split=True)
-    rows = benchmark.score_run(run, NUM_STATES)
+    rows, units = benchmark.score_run(run, 'g/infom', NUM_STATES)
     places = [(phase, step) for phase, step in (('pretraining', 10), ('finetuning', 20)) for _ in occupancy.PREDICTORS]
     assert [row[:5] for row in rows] == [
-        ('infom', seed, *place, predictor)
+        ('g/infom', seed, *place, predictor)
         for seed in (3, 4)
         for place, predictor in zip(places, occupancy.PREDICTORS * 2, strict=True)
     ]
     scores = {row[:5]: row[5] for row in rows}
     for step, phase in ((10, 'pretraining'), (20, 'finetuning')):
-        baselines = {scores['infom', seed, phase, step, 'marginal'] for seed in (3, 4)}
+        baselines = {scores['g/infom', seed, phase, step, 'marginal'] for seed in (3, 4)}
         assert len(baselines) == 1, 'the same states and numbers for all'
-    assert len({scores['infom', seed, 'pretraining', 10, benchmark.SHOWN[0]] for seed in (3, 4)}) == 2
+    assert len({scores['g/infom', seed, 'pretraining', 10, benchmark.SHOWN[0]] for seed in (3, 4)}) == 2
+    assert len(units) == 2, 'each phase has a normaliser of its own'
 
     look = open_run(run, 4)
     look.raw = look.load_raw('pretraining')
@@ -39,13 +40,32 @@ def test_every_seed_and_checkpoint_on_the_same_states(data_dir, tmp_path, monkey
     held_out = look.make_dataset(look.raw)
     report = occupancy.occupancy_report(look.agent, held_out, jax.random.key(0), NUM_STATES, 8)
     expected = report[benchmark.SHOWN[0]]['energy_distance']
-    assert scores['infom', 4, 'pretraining', 10, benchmark.SHOWN[0]] == pytest.approx(expected, rel=1e-6)
+    assert scores['g/infom', 4, 'pretraining', 10, benchmark.SHOWN[0]] == pytest.approx(expected, rel=1e-6)
 
 
 def test_an_agent_without_futures_is_refused(data_dir, tmp_path):  # noqa: F811
     run = make_run(tmp_path, data_dir, 'iql', data.PHASES[:1])
     with pytest.raises(UserError, match='iql has no model of future states'):
-        benchmark.score_run(run, NUM_STATES)
+        benchmark.score_run(run, 'g/iql', NUM_STATES)
+
+
+def test_runs_of_one_name_are_told_apart_and_one_without_a_model_is_left_out(data_dir, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(benchmark, 'NUM_FUTURES', 8)
+    for group in 'ab':
+        make_run(tmp_path / group, data_dir, 'infom', data.PHASES[:1])
+    make_run(tmp_path, data_dir, 'iql', data.PHASES[:1])
+    rows, units, left_out = benchmark.score_runs(tmp_path, NUM_STATES)
+    assert {row[0] for row in rows} == {'a/g/infom', 'b/g/infom'} and len(units) == 1
+    assert len(left_out) == 1 and left_out[0].startswith('g/iql:')
+    with pytest.raises(UserError, match='no model of future states'):
+        benchmark.score_runs(tmp_path / 'g', NUM_STATES)
+
+
+def test_seeds_are_no_part_of_a_label():
+    names = 'a/ours_sd0', 'a/ours_sd0-7', 'x_sd3_pretraining', 'x_sd4_finetuning', 'sd'
+    assert [benchmark.label_of(name) for name in names] == [
+        'a/ours', 'a/ours', 'x_pretraining', 'x_finetuning', 'sd',
+    ]  # fmt: skip
 
 
 def rows_by_hand():

@@ -200,8 +200,9 @@ def test_wrong_content_is_refused(tmp_path, arrays, message):
 
 
 def test_stored_objects_are_never_loaded(tmp_path):
-    write(tmp_path, make_arrays() | {'observations': np.array([None] * 19)})
-    with pytest.raises(UserError):
+    stored = make_arrays()['observations']
+    write(tmp_path, make_arrays() | {'observations': stored.astype(object)})
+    with pytest.raises(UserError, match='cannot be read'):
         data.load_raw(TASK, 'pretraining', 'train', tmp_path)
 
 

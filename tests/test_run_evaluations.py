@@ -12,6 +12,7 @@ from tests.test_experiment import CountingEvaluator, make_config, make_experimen
 from utils import runs, training
 from utils.errors import UserError
 from utils.experiment import Experiment
+from utils.run_log import interval_lines
 
 # Saved less often than evaluated: some checkpoints fall on an evaluation, some evaluations span a log line.
 ARGUMENTS = '--agent=iql', '--save_interval=16', '--log_interval=4', '--eval_interval=12'
@@ -143,3 +144,23 @@ def test_the_acting_part_acts_alike_and_is_small(name):
     assert not jax.tree.leaves((part.params, part.target_params))
     expected = training.make_policy(agents, lambda x: x, [0, 1])(batch['observations'])
     np.testing.assert_array_equal(training.make_policy(part, lambda x: x, [0, 1])(batch['observations']), expected)
+
+
+def test_a_line_is_the_mean_of_its_chunks_for_each_seed():
+    chunks = [{'loss': [1.0, 10.0]}, {'loss': [2.0, 20.0]}, {'loss': [6.0, 30.0]}]
+    first, second = interval_lines(chunks, {'validation/loss': np.array([4.0, 5.0])}, 50.0, 2)
+    assert first == {
+        'training/loss': 3.0, 'validation/loss': 4.0, 'time/updates_per_second': 50.0,
+        'time/seed_updates_per_second': 100.0,
+    }  # fmt: skip
+    assert (second['training/loss'], second['validation/loss']) == (20.0, 5.0)
+
+
+def test_a_film_that_fails_is_no_reason_to_stop(tmp_path, caplog):
+    def record(policy, path):
+        raise UserError('no room for a film')
+
+    config = make_config(tmp_path, '--agent=iql', '--video_episodes=1', '--pretraining_steps=8', '--finetuning_steps=8')
+    run(config, calls=[], record_video=record)
+    assert 'no video of step 16: no room for a film' in caplog.text
+    assert [row['step'] for row in lines(config) if 'evaluation/episode.return' in row] == [8, 16]

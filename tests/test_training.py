@@ -174,6 +174,8 @@ def test_validation_updates_nothing(data):
     for name in ('validation/critic_loss', 'diagnostics/flow_excess', 'diagnostics/gradient_norm/critic'):
         assert metrics[name].shape == (2,) and np.isfinite(metrics[name]).all()
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.array, agents), before)
+    later = training.validation_metrics(agents, data['finetuning'], ranges, keys, jnp.int32(4), phase='finetuning')
+    assert (later['validation/reward_loss'] != metrics['validation/reward_loss']).all(), 'other rows at another step'
 
 
 def test_streams_and_seeds_have_keys_of_their_own():
@@ -190,3 +192,6 @@ def test_the_policy_acts_for_every_seed_in_bounds(data):
     np.testing.assert_array_equal(policy(observations), actions)
     expected = solo(agents, 1).act(jnp.asarray(observations), jax.random.key(9), temperature=0.0)
     np.testing.assert_allclose(actions[1], expected, atol=1e-6)
+    scaled = training.make_policy(agents, lambda x: 0.5 * x + 1, SEEDS)
+    np.testing.assert_allclose(scaled(observations), policy(0.5 * observations + 1), atol=1e-6)
+    assert np.abs(scaled(observations) - actions).max() > 1e-3, 'the normaliser is at work'

@@ -136,7 +136,7 @@ def test_finishing_does_not_wait_for_ever(fake, tmp_path, caplog, monkeypatch):
     fake.run.failing = ('hang',)
     began = time.monotonic()
     WandbSink(tmp_path, 'online').finish()
-    assert time.monotonic() - began < 25 and 'no answer in 0.2 seconds' in caplog.text
+    assert time.monotonic() - began < 25 and 'no answer in 0.24 seconds' in caplog.text
 
 
 def test_seeds_are_combined_by_hand():

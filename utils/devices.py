@@ -28,6 +28,11 @@ def make_mesh(num_seeds: int, batch_size: int, mesh_seeds: int = 0, mesh_batch: 
         UserError: numbers that do not divide, too few devices, or processes with a device left over.
     """
     devices = jax.devices()
+    if jax.process_count() > 1 and not (mesh_seeds or mesh_batch):
+        whole = [s for s in range(1, len(devices) + 1) if len(devices) % s == 0]
+        fitting = [s for s in whole if num_seeds % s == 0 and batch_size % (len(devices) // s) == 0]
+        mesh_seeds = max(fitting, default=0)
+        mesh_batch = len(devices) // mesh_seeds if mesh_seeds else 0
     mesh_seeds = mesh_seeds or largest_divisor(num_seeds, 1, max(len(devices) // max(mesh_batch, 1), 1))
     if not mesh_batch:
         rest = max(len(devices) // mesh_seeds, 1)

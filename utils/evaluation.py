@@ -71,7 +71,9 @@ class Evaluator:
         """Evaluates one policy per seed on `num_episodes` episodes each.
 
         Episode e of seed s starts from the environment seed drawn from (seeds[s], e): the same episodes at every
-        evaluation, whatever the number of workers and whatever training has done to its own random numbers.
+        evaluation, whatever the number of workers and whatever training has done to its own random numbers. The policy
+        acts on as many observations at once as there are environments: with another number of workers its actions
+        may be rounded otherwise, and a simulator carries that on.
 
         Args:
             policy: observations (W, ...) of W environments, float32 (uint8 for images) -> actions (S, W, a) of all S
@@ -270,6 +272,13 @@ def record_video(
                     step += 1
         _check_film(temporary, count)
     return (count, *shape)
+
+
+def check_rendering(make_env: Callable[[], Any]) -> None:
+    """Raises UserError where an environment cannot be made, or gives no picture after its first reset."""
+    with _explaining_rendering(), contextlib.closing(make_env()) as env:
+        env.reset(seed=0)
+        _frame(env)
 
 
 # --- Seeds and statistics ---

@@ -8,6 +8,7 @@ is in docs/inspect.md. The parts of the page are in `inspect_parts.py`, the draw
 """
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,15 @@ class Look:
         self.raw = self.load_raw(self.phase)
         self.dataset = self.make_dataset(self.raw)
         return meta
+
+    def units(self, meta: dict) -> str:
+        """What distances between a checkpoint's states are measured in, and on which held-out file: they compare only
+        with others of the same. meta: the checkpoint's metadata."""
+        if self.task.visual:  # Every checkpoint has an encoder, and so a feature space, of its own.
+            return f'features of {self.directory} at step {meta["step"]}'
+        normalizer = hashlib.sha256(json.dumps(meta['normalizer'], sort_keys=True).encode()).hexdigest()[:8]
+        source = self.raw['source']
+        return f'{source["file"]} ({source["fingerprint"][:8]}), normaliser {normalizer}'
 
     def score_occupancy(self, key, num_states: int, num_samples: int):
         """Yields (metadata, `occupancy.occupancy_report`) of every kept checkpoint on the held-out rows, oldest first.

@@ -9,6 +9,12 @@ from utils.plots import COLORS
 from utils.runs import atomic_path
 
 REALISED = '#444444'  # What really came, in every figure.
+KINDS = {  # of metrics in learning curves
+    'evaluation': (COLORS[0], '-'),
+    'training': (COLORS[0], '-'),
+    'validation': (COLORS[1], '--'),
+    'diagnostics': (COLORS[2], '-'),
+}
 
 
 @contextlib.contextmanager
@@ -32,28 +38,25 @@ def figure_file(path, rows, columns, width, height, **options):
 
 def draw_curves(path, rows, columns=4):
     """Every metric of one seed's log rows over the updates: evaluations first, then training (line) beside validation
-    (dashed), on a logarithmic scale where values are positive and span two decades."""
+    (dashed), diagnostics last, on a logarithmic scale where values are positive and span two decades."""
     panels = {}
     for row in rows:
         for name, value in row.items():
             kind, _, metric = name.partition('/')
-            known = kind in ('evaluation', 'training', 'validation') and isinstance(value, (int, float))
+            known = kind in KINDS and isinstance(value, (int, float))
             if not known or (kind == 'evaluation' and metric.endswith('_std')):
                 continue
-            panel = panels.setdefault(metric if kind != 'evaluation' else name, {})
+            panel = panels.setdefault(metric if kind in ('training', 'validation') else name, {})
             panel.setdefault(kind, []).append((row['step'], value))
-    panels = dict(sorted(panels.items(), key=lambda item: (not item[0].startswith('evaluation/'), item[0])))
+    order = {'evaluation': 0, 'diagnostics': 2}
+    panels = dict(sorted(panels.items(), key=lambda item: (order.get(item[0].partition('/')[0], 1), item[0])))
     phase_ends = [row['step'] for row in rows if row['phase'] == 'pretraining']
     finetuned = any(row['phase'] == 'finetuning' for row in rows)
     if not panels:
         return False
     with figure_file(path, math.ceil(len(panels) / columns), columns, 3.4, 2.4) as (_, axes):
         for axis, (metric, curves) in zip(axes.flat, panels.items()):
-            for kind, color, style in (
-                ('evaluation', COLORS[0], '-'),
-                ('training', COLORS[0], '-'),
-                ('validation', COLORS[1], '--'),
-            ):
+            for kind, (color, style) in KINDS.items():
                 if kind in curves:
                     axis.plot(*zip(*curves[kind]), style, color=color, linewidth=1.3, label=kind)
             values = np.array([value for curve in curves.values() for _, value in curve])
@@ -61,7 +64,7 @@ def draw_curves(path, rows, columns=4):
                 axis.set_yscale('log')
             if phase_ends and finetuned:
                 axis.axvline(max(phase_ends), color='#999999', linewidth=0.8)
-            axis.set_title(metric.removeprefix('evaluation/'), fontsize=9)
+            axis.set_title(metric.removeprefix('evaluation/').removeprefix('diagnostics/'), fontsize=9)
             axis.tick_params(labelsize=7)
             axis.grid(alpha=0.3)
         for axis in axes.flat[len(panels) :]:

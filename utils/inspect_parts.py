@@ -70,7 +70,8 @@ def curves(look, report):
 
 def videos(look, report):
     """The run's films, newest first."""
-    paths = sorted((look.directory / 'videos').glob('*.mp4'), key=lambda path: path.stat().st_mtime, reverse=True)
+    paths = (look.directory / 'videos').glob('[!.]*.mp4')  # Hidden ones are being written.
+    paths = sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True)
     if not paths:
         report.text('The run recorded none (--video_episodes=1 records one at each evaluation).')
     room = MAX_VIDEO_BYTES
@@ -288,6 +289,11 @@ def occupancy(look, report):
         'intentions do better than those of other transitions, z tells something about the future; where those of '
         'other transitions do better than those from the prior, the flow was not trained on what the prior gives.'
     )
+    if len({look.units(meta) for meta in metas}) > 1:
+        report.text(
+            'The checkpoints see the states in units of their own (each has its encoder, or its normaliser): compare '
+            'predictors at one checkpoint, not one predictor over checkpoints.'
+        )
     names = ('energy_distance', 'sliced_wasserstein')
     rows = [
         (step, predictor, *(value for name in names for value in (values[name], values[f'{name}_error'])))
@@ -315,6 +321,9 @@ def values(look, report):
         report.text('Left out: before fine-tuning there is no reward, hence neither a trained critic nor R.')
         return
     raw = look.load_raw('finetuning')
+    recorded = look.config['data'].get('finetuning/val')
+    if recorded is not None and recorded['fingerprint'] != raw['source']['fingerprint']:
+        report.text(f'Mind: {raw["source"]["file"]} is not the file that this run was validated on.')
     dataset = look.make_dataset(raw)
     start, end = most_varied_episode(raw['rewards'], np.asarray(dataset.starts), np.asarray(dataset.ends))
     rewards, masks = raw['rewards'][start:end], raw['masks'][start:end]  # The last row holds no action.
@@ -324,7 +333,9 @@ def values(look, report):
         'observations': datasets.gather_observations(dataset, jnp.asarray(start + steps)),
         'actions': dataset.actions[start + steps],
     }
-    realised = agent_values.discounted_returns(rewards, discount)[steps]
+    # A reward of the state itself has one for the last row, too, where the discounted futures stay.
+    last = end + 1 if look.task.reward_at == 'observations' else end
+    realised = agent_values.discounted_returns(raw['rewards'][start:last], discount)[steps]
     drawn, bands = {'realised return': realised}, {}
     if not masks.all():
         drawn['realised return up to success'] = agent_values.discounted_returns(rewards, discount, masks)[steps]
@@ -370,6 +381,12 @@ def values(look, report):
         'be that of a better policy, so it should lie above and move with it. '
         + (
             'Q̂ is the mean of R over futures of the flow, divided by 1 − γ: the targets that Q is fitted to.'
+            + (
+                ' The occupancy counts the state itself, but here a reward belongs to the state after the action: Q̂ '
+                'and Q are one step ahead of the realised return.'
+                if look.task.reward_at != 'observations'
+                else ''
+            )
             if occupancies.models_occupancy(look.agent)
             else 'This agent bootstraps up to success, where there is one.'
         )

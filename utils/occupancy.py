@@ -19,7 +19,7 @@ from utils.goals import Goals, sample_goal_rows
 
 PREDICTORS = ('flow, z inferred', 'flow, z of others', 'flow, z from the prior', 'marginal', 'copy of the state')
 NUM_PROJECTIONS = 64  # Directions of the sliced distance.
-BLOCK = 128  # Points whose distances to all others are in memory at once.
+BLOCK = 128  # Points whose distances to all others, or rows whose features, are computed at once.
 
 
 def models_occupancy(agent) -> bool:
@@ -115,9 +115,13 @@ def sample_futures(agent, batch, latents, key, num_samples: int):
 
 
 def features_of(agent, dataset, rows):
-    """What the flow predicts, at any rows (…): (…, S)."""
-    observations = datasets.gather_observations(dataset, rows.reshape(-1))
-    return agent.features(agent.params, observations).reshape(*rows.shape, -1)
+    """What the flow predicts, at any rows (…): (…, S). Rows go through an image encoder in blocks: thousands of stacked
+    frames would not fit at once."""
+
+    def one(row):
+        return agent.features(agent.params, datasets.gather_observations(dataset, row[None]))[0]
+
+    return jax.lax.map(one, rows.reshape(-1), batch_size=BLOCK).reshape(*rows.shape, -1)
 
 
 # ---------------------------------------------------------------------------------------------------------- report
@@ -163,7 +167,7 @@ def _scores(agent, dataset, rows, key, num_samples):
     samples = (
         *(sample_futures(agent, batch, each, noise_key, num_samples) for each in latents),
         features_of(agent, dataset, marginal),
-        features_of(agent, dataset, jnp.broadcast_to(rows[:, None], shape)),
+        jnp.repeat(features_of(agent, dataset, rows)[:, None], num_samples, axis=1),
     )
     truth = features_of(agent, dataset, truth)
     keys = jax.random.split(slice_key, len(rows))  # The same directions for every predictor.

@@ -33,8 +33,9 @@ PRETRAINED_SETTINGS = (
     'transition_layer_norm',
     'repr_layer_norm',
 )
-# Run settings that may change between two starts of one run: besides how it is done, how long.
-FREE_SETTINGS = OPERATIONAL_FLAGS | {'finetuning_steps', 'preset', 'sources', 'agent'}
+# Run settings that may change between two starts of one run: besides how it is done, how long, and where own data lie,
+# of which the content is compared.
+FREE_SETTINGS = OPERATIONAL_FLAGS | {'finetuning_steps', 'dataset', 'preset', 'sources', 'agent'}
 
 
 def _plain(value):

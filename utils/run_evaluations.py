@@ -8,7 +8,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from absl import logging
+
 from utils import batches, devices, processes, training
+from utils.errors import UserError
 
 
 class Evaluation(NamedTuple):
@@ -86,5 +89,9 @@ class RunEvaluations:
         if results is None or self._record_video is None:
             return Evaluation(step, results)
         path = self._video_dir / f'step_{step}.mp4'
-        self._record_video(lambda observation: policy(observation[None])[0, 0], path)
+        try:
+            self._record_video(lambda observation: policy(observation[None])[0, 0], path)
+        except UserError as error:  # A full disk, say: no run is worth losing to a film.
+            logging.warning('no video of step %d: %s', step, error)
+            path = None
         return Evaluation(step, results, path)

@@ -52,7 +52,10 @@ class WandbSink:
         with self._never_stopping('start'):
             import wandb
 
-            settings = wandb.Settings(init_timeout=START_TIMEOUT, console='off', silent=True)
+            # finish_timeout: also for what wandb does by itself when the process ends.
+            settings = wandb.Settings(
+                init_timeout=START_TIMEOUT, finish_timeout=FINISH_TIMEOUT, console='off', silent=True
+            )
             run = wandb.init(
                 project=project,
                 group=group,
@@ -98,7 +101,7 @@ class WandbSink:
         if run is None:
             return
         with self._never_stopping('finish'):
-            _within(FINISH_TIMEOUT, run.finish)
+            _within(1.2 * FINISH_TIMEOUT, run.finish)  # wandb gives up by itself before.
 
     def _run_id(self) -> str:
         path = self._directory / 'wandb.json'
