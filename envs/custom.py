@@ -5,12 +5,15 @@ the validation set. What a file has to hold is in `docs/custom_data.md`; the ben
 """
 
 import contextlib
+import functools
 import hashlib
+import multiprocessing
 import re
 import zipfile
 from pathlib import Path
 
 import numpy as np
+from absl import logging
 
 from envs import TaskSpec
 from envs.data import ACTION_TOLERANCE, PHASES, SPLITS
@@ -22,7 +25,11 @@ PREFIX = 'custom-'  # Of task names; no name of the benchmark's tasks begins wit
 VALIDATION_SHARE = 0.1  # Of the episodes, rounded, at least one.
 HDF5_SUFFIXES = ('.hdf5', '.h5')
 REQUIRED = ('observations', 'actions', 'terminals')
-OPTIONAL = ('rewards', 'masks', 'next_observations')
+LABELS = ('rewards', 'masks')
+CUT_OFFS = ('timeouts', 'truncations')  # Ends of episodes that are no terminations, as D4RL and gymnasium call them.
+OPTIONAL = (*LABELS, 'next_observations', *CUT_OFFS)
+SAME = 1e-5  # Of a number's largest size: two of one state may differ by this much, when they are stored apart.
+BLOCK = 1 << 12  # Rows that are checked at a time, so that checks need little memory of their own.
 
 
 def task_name(dataset: str) -> str:
@@ -44,8 +51,7 @@ def task_spec(dataset: str, env_name: str) -> TaskSpec:
         observation_size, action_size = _minari_sizes(_open_minari(dataset))
     else:
         with _opened(Path(dataset).expanduser()) as arrays:
-            shapes = {name: tuple(arrays[name].shape) for name in (*REQUIRED, *OPTIONAL) if name in arrays}
-        _check_shapes(shapes, dataset)
+            shapes = _check_shapes(arrays, dataset)
         observation_size, action_size = shapes['observations'][1], shapes['actions'][1]
     return TaskSpec(
         name=task_name(dataset),
@@ -74,16 +80,9 @@ def load_raw(dataset: str, phase: str, split: str, max_transitions: int | None =
     """
     if phase not in PHASES or split not in SPLITS:
         raise UserError(f'phase={phase!r}, split={split!r}: expected {" or ".join(PHASES)}, and {" or ".join(SPLITS)}')
-    labels = ('rewards', 'masks') if phase == 'finetuning' else ()
-    raw = _read_minari(dataset) if dataset.startswith(MINARI) else _read_file(dataset, labels)
-    if labels and 'rewards' not in raw:
-        raise UserError(f'{dataset}: it holds no rewards, which fine-tuning needs; pretrain.py does without')
-    if labels and 'masks' not in raw:
-        raw['masks'] = np.ones(len(raw['terminals']), np.float32)
-    raw = {name: raw[name] for name in (*REQUIRED, *labels)}
-    _check_values(raw, dataset)
-    rows = _split_rows(raw['terminals'], split, max_transitions, dataset)
-    raw = {name: array[rows].copy() for name, array in raw.items()}  # Copies: the rest of the file is let go.
+    labels = LABELS if phase == 'finetuning' else ()
+    read = _read_minari if dataset.startswith(MINARI) else _read_file
+    raw = read(dataset, labels, split, max_transitions)
     digest = hashlib.sha256()
     for name in sorted(raw):
         digest.update(name.encode())
@@ -101,20 +100,31 @@ def load_raw(dataset: str, phase: str, split: str, max_transitions: int | None =
 def make_env(spec: TaskSpec, render_mode: str | None = None):
     """The gymnasium environment of a data set's task, its actions rescaled to [-1, 1].
 
+    Args:
+        spec: what `task_spec` gave.
+        render_mode: None, or 'rgb_array', which the environment's constructor must then take.
+
+    Returns:
+        A `gymnasium.Env` that hands on actions inside its own bounds. Logs a warning, once, if nothing limits the
+        length of its episodes.
+
     Raises:
         UserError: gymnasium cannot make it, or its spaces are not those of the data.
     """
     import gymnasium
 
+    options = {} if render_mode is None else {'render_mode': render_mode}  # Not every constructor takes one.
     try:
-        env = gymnasium.make(spec.env_id, render_mode=render_mode, disable_env_checker=True)
-    except (gymnasium.error.Error, ImportError) as error:
-        raise UserError(
-            f'--env_name={spec.env_id}: gymnasium cannot make it ({type(error).__name__}: {error}); with --dataset, '
-            'expected a registered environment (module:id imports the module first), or none'
-        ) from error
+        env = gymnasium.make(spec.env_id, disable_env_checker=True, **options)
+    except Exception as error:  # Whatever gymnasium, the module or the constructor raises.
+        if render_mode is None:
+            advice = 'with --dataset, expected a registered environment (module:id imports the module first), or none'
+        else:
+            advice = f'films need one that takes render_mode={render_mode}; --video_episodes=0 makes none'
+        reason = ': '.join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+        raise UserError(f'--env_name={spec.env_id}: gymnasium cannot make it ({reason}); {advice}') from error
     sizes = {'observation': spec.observation_shape, 'action': (spec.action_size,)}
-    spaces = {'observation': env.observation_space, 'action': env.action_space}
+    spaces = {kind: getattr(env, f'{kind}_space', None) for kind in sizes}
     for kind, shape in sizes.items():
         if not isinstance(spaces[kind], gymnasium.spaces.Box) or spaces[kind].shape != shape:
             env.close()
@@ -125,7 +135,21 @@ def make_env(spec: TaskSpec, render_mode: str | None = None):
     if not (np.isfinite(env.action_space.low).all() and np.isfinite(env.action_space.high).all()):
         env.close()
         raise UserError(f'--env_name={spec.env_id}: its actions have no bounds, so [-1, 1] cannot be scaled to them')
+    # `gymnasium.make` runs in every worker, too; what there is to say is said by the run.
+    if (env.spec is None or env.spec.max_episode_steps is None) and multiprocessing.parent_process() is None:
+        _warn_once(
+            f'--env_name={spec.env_id}: it is registered without max_episode_steps; an evaluation never ends unless '
+            'the environment ends its episodes by itself'
+        )
+    # Rounding takes rescaled ±1 beyond the bounds. `ClipAction` would take the bounds away that are to be scaled to.
+    low, high = env.action_space.low, env.action_space.high
+    env = gymnasium.wrappers.TransformAction(env, lambda action: np.clip(action, low, high), None)
     return gymnasium.wrappers.RescaleAction(env, np.float32(-1.0), np.float32(1.0))
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logging.warning(message)
 
 
 # ------------------------------------------------------------------------------------------------------------- files
@@ -167,12 +191,14 @@ class _NpzArray:
             }[version]
             self.shape = read_header(member)[0]
 
-    def __getitem__(self, _) -> np.ndarray:
+    def __getitem__(self, rows) -> np.ndarray:
         with self._archive.open(self._name) as member:
-            return np.lib.format.read_array(member, allow_pickle=False)
+            return np.lib.format.read_array(member, allow_pickle=False)[rows]
 
 
-def _check_shapes(shapes: dict[str, tuple[int, ...]], dataset: str) -> None:
+def _check_shapes(arrays, dataset: str) -> dict[str, tuple[int, ...]]:
+    """The shapes of a file's arrays by name, if they can be those of a data set."""
+    shapes = {name: tuple(arrays[name].shape) for name in (*REQUIRED, *OPTIONAL) if name in arrays}
     missing = [name for name in REQUIRED if name not in shapes]
     if missing:
         raise UserError(
@@ -190,40 +216,143 @@ def _check_shapes(shapes: dict[str, tuple[int, ...]], dataset: str) -> None:
             f'{dataset}: next_observations have shape {shapes["next_observations"]}, observations '
             f'{shapes["observations"]}; expected the same'
         )
+    cut_off = [name for name in CUT_OFFS if name in shapes]
+    if cut_off and 'next_observations' not in shapes:
+        raise UserError(
+            f'{dataset}: it holds {" and ".join(cut_off)}, so its rows look like transitions, whose final states are '
+            'missing: add next_observations, or, if the last row of each episode is its final state, leave '
+            f'{" and ".join(cut_off)} out'
+        )
+    return shapes
 
 
-def _read_file(dataset: str, labels: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """The arrays of a file, of the labels those that are there; the final state of each episode is its last row."""
+def _read_file(dataset: str, labels: tuple[str, ...], split: str, max_transitions: int | None) -> dict[str, np.ndarray]:
+    """The rows of a split; the final state of each episode is its last row.
+
+    Arrays are read one after the other: beside the rows that are kept, no more than one is ever held.
+    """
     with _opened(Path(dataset).expanduser()) as arrays:
-        _check_shapes({name: tuple(arrays[name].shape) for name in (*REQUIRED, *OPTIONAL) if name in arrays}, dataset)
-        wanted = [name for name in (*REQUIRED, 'next_observations', *labels) if name in arrays]
-        raw = {name: arrays[name][()] for name in wanted}
-        raw = {name: array.astype(bool if name == 'terminals' else np.float32) for name, array in raw.items()}
-    if 'next_observations' in raw:
-        raw = _append_final_states(raw)
+        _check_shapes(arrays, dataset)
+        if labels and 'rewards' not in arrays:
+            raise UserError(f'{dataset}: it holds no rewards, which fine-tuning needs; pretrain.py does without')
+        terminals, masks = _read_ends(arrays, dataset)
+        are_transitions = 'next_observations' in arrays
+        rows = _split_rows(terminals, split, max_transitions, dataset, are_transitions)
+        raw = {'terminals': terminals[rows].copy()}
+        # Labels that are not asked for may still tell that final states are missing.
+        for name in ('observations', 'actions', *(labels if are_transitions else LABELS)):
+            if name in arrays:
+                raw[name] = np.array(arrays[name][rows], np.float32, order='C')
+        if 'masks' in labels and 'masks' not in raw and masks is not None:
+            raw['masks'] = masks[rows].copy()
+        if not are_transitions:
+            _refuse_transitions(raw, dataset)
+            _blank_last_rows(raw)
+        raw = {name: raw[name] for name in (*REQUIRED, *labels) if name in raw}
+        _check_values(raw, rows.start, dataset)
+        if are_transitions:
+            following = arrays['next_observations'][rows]
+            _require_finite(following, 'next_observations', rows.start, dataset)
+            _check_consecutive(raw, following, rows.start, dataset)
+            final_states = following[raw['terminals']].astype(np.float32)
+            del following
+            _append_final_states(raw, final_states)
+    if 'masks' in labels and 'masks' not in raw:
+        raw['masks'] = np.ones(len(raw['terminals']), np.float32)
     return raw
 
 
-def _append_final_states(raw: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Rows that are transitions (s, a, s′) → rows that are states, with one more at the end of each episode."""
+def _read_ends(arrays, dataset: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """(rows,) bool, where episodes end, and (rows,) float32, the masks that this tells: none without `CUT_OFFS`."""
+    terminals = arrays['terminals'][()].astype(bool)
+    names = [name for name in CUT_OFFS if name in arrays]
+    if not names:
+        return terminals, None
+    cut_off = np.logical_or.reduce([arrays[name][()].astype(bool) for name in names])
+    if 'rewards' in arrays and 'masks' not in arrays and cut_off.any() and terminals[cut_off].all():
+        raise UserError(
+            f'{dataset}: terminals are true wherever {" or ".join(names)} are, so they do not tell where the task '
+            'terminated; expected terminals there only, or masks that are 0 there'
+        )
+    return terminals | cut_off, 1 - terminals.astype(np.float32)
+
+
+def _refuse_transitions(raw: dict[str, np.ndarray], dataset: str) -> None:
+    """Raises UserError, or warns, where the last rows of episodes look like transitions rather than final states.
+
+    A mask of 0 tells, unless it repeats that of the row before, or pads like an action of 0. A reward does not: final
+    states may have one of their own.
+    """
+    last = np.flatnonzero(raw['terminals'])
+    acted = np.any(np.isfinite(raw['actions'][last]) & (raw['actions'][last] != 0), axis=1)
+    if 'masks' in raw:
+        repeated = (last > 0) & ~raw['terminals'][last - 1] & (raw['masks'][last - 1] == 0)
+        terminated = int(np.sum(acted & (raw['masks'][last] == 0) & ~repeated))
+        if terminated:
+            raise UserError(
+                f'{dataset}: in {terminated} of {len(acted)} episodes the last row has an action and a mask of 0, so '
+                'rows look like transitions, whose final states are missing: add next_observations, or, if the last '
+                'row of each episode is its final state, set its mask to 1'
+            )
+    if 'rewards' in raw:
+        rewarded = int(np.sum(acted & np.isfinite(raw['rewards'][last]) & (raw['rewards'][last] != 0)))
+        if 2 * rewarded > len(acted):
+            _warn_once(
+                f'{dataset}: the last row of most episodes has an action and a reward, which mean nothing there: it is '
+                'the final state; if rows are transitions instead, add next_observations'
+            )
+
+
+def _blank_last_rows(raw: dict[str, np.ndarray]) -> None:
+    """Whatever a final state has for an action, reward and mask means nothing: it need not even be a number."""
+    for name, blank in (('actions', 0), ('rewards', 0), ('masks', 1)):
+        if name in raw:
+            raw[name][raw['terminals']] = blank
+
+
+def _check_consecutive(raw: dict[str, np.ndarray], following: np.ndarray, first: int, dataset: str) -> None:
+    """Raises UserError unless each transition inside an episode leads to the next row's state."""
+    observations, terminals = raw['observations'], raw['terminals']
+    tolerance = SAME * np.maximum(observations.max(axis=0), -observations.min(axis=0))
+    for block in _blocks(len(observations) - 1):
+        difference = np.abs(following[block] - observations[block.start + 1 : block.stop + 1])
+        differs = (difference > tolerance).any(axis=1) & ~terminals[block]
+        if differs.any():
+            row = first + block.start + int(np.argmax(differs))
+            raise UserError(
+                f'{dataset}: next_observations of row {row} are not the observations of row {row + 1}, the first such '
+                'place; expected the transitions of each episode in turn, its last one marked in terminals, or in '
+                'timeouts where the task did not terminate'
+            )
+
+
+def _append_final_states(raw: dict[str, np.ndarray], final_states: np.ndarray) -> None:
+    """Rows that are transitions (s, a, s′) → rows that are states, with one more at the end of each episode; in place,
+    array by array."""
     ends = np.flatnonzero(raw['terminals'])
-    final_states = raw['next_observations'][ends]
     inserted = {'observations': final_states, 'terminals': True}  # Actions and labels of a final state mean nothing.
-    extended = {
-        name: np.insert(array, ends + 1, inserted.get(name, 0), axis=0)
-        for name, array in raw.items()
-        if name != 'next_observations'
-    }
-    extended['terminals'][ends + np.arange(len(ends))] = False
-    return extended
+    for name in raw:
+        raw[name] = np.insert(raw[name], ends + 1, inserted.get(name, 0), axis=0)
+    raw['terminals'][ends + np.arange(len(ends))] = False
 
 
-def _check_values(raw: dict[str, np.ndarray], dataset: str) -> None:
-    for name, array in raw.items():
-        finite = np.isfinite(array).reshape(len(array), -1).all(axis=1)
+def _blocks(rows: int):
+    return (slice(start, min(start + BLOCK, rows)) for start in range(0, rows, BLOCK))
+
+
+def _require_finite(array: np.ndarray, name: str, first: int, dataset: str) -> None:
+    for block in _blocks(len(array)):
+        finite = np.isfinite(array[block].astype(np.float32, copy=False)).reshape(block.stop - block.start, -1).all(1)
         if not finite.all():
-            raise UserError(f'{dataset}: {name} hold a NaN or an infinity, first in row {int(np.argmin(finite))}')
-    largest = np.abs(raw['actions']).max()
+            row = first + block.start + int(np.argmin(finite))
+            raise UserError(f'{dataset}: {name} hold a NaN or an infinity, first in row {row}')
+
+
+def _check_values(raw: dict[str, np.ndarray], first: int, dataset: str) -> None:
+    """first: which row of the data set the first one is."""
+    for name, array in raw.items():
+        _require_finite(array, name, first, dataset)
+    largest = max(raw['actions'].max(), -raw['actions'].min())
     if largest > 1.0 + ACTION_TOLERANCE:
         raise UserError(
             f'{dataset}: actions reach {largest:.3g}; expected [-1, 1]: rescale them from the action space’s bounds'
@@ -232,26 +361,28 @@ def _check_values(raw: dict[str, np.ndarray], dataset: str) -> None:
         raise UserError(
             f'{dataset}: masks reach beyond [0, 1]; expected 0 where the episode terminates and 1 elsewhere'
         )
-    terminals = raw['terminals']
+
+
+def _split_rows(
+    terminals: np.ndarray, split: str, max_transitions: int | None, dataset: str, are_transitions: bool
+) -> slice:
+    """The rows of a split: whole episodes, the last tenth of them for validation."""
     if not terminals.any():
         raise UserError(f'{dataset}: no row of its {len(terminals)} is terminal; the last row of each episode must be')
     if not terminals[-1]:
         beyond = len(terminals) - 1 - int(np.flatnonzero(terminals)[-1])
         raise UserError(
-            f'{dataset}: its last {beyond} rows belong to an episode without an end; mark the last row as terminal, or '
-            'leave them out'
+            f'{dataset}: its last {beyond} rows belong to an episode without an end; mark the last row as terminal (or '
+            'in timeouts, if it has them), or leave them out'
         )
-
-
-def _split_rows(terminals: np.ndarray, split: str, max_transitions: int | None, dataset: str) -> slice:
-    """The rows of a split: whole episodes, the last tenth of them for validation."""
     ends = np.flatnonzero(terminals)
     validation = max(1, round(VALIDATION_SHARE * len(ends)))
     if len(ends) < 2:
         raise UserError(f'{dataset}: it holds a single episode; expected two or more, the last tenth is for validation')
     first = 0 if split == 'train' else int(ends[-validation - 1]) + 1
     ends = ends[:-validation] if split == 'train' else ends[-validation:]
-    transitions = ends + 1 - first - np.arange(1, len(ends) + 1)  # Up to and including each episode.
+    final_states = 0 if are_transitions else np.arange(1, len(ends) + 1)
+    transitions = ends + 1 - first - final_states  # Up to and including each episode.
     if transitions[-1] < 1:
         raise UserError(
             f'{dataset}: every episode of the {split} split is a single row; an episode needs two rows to hold a '
@@ -295,21 +426,29 @@ def _minari_sizes(data) -> tuple[int, int]:
     return data.observation_space.shape[0], data.action_space.shape[0]
 
 
-def _read_minari(dataset: str) -> dict[str, np.ndarray]:
-    """Rows of all episodes; actions are rescaled from the bounds of the action space, where it has them."""
+def _read_minari(
+    dataset: str, labels: tuple[str, ...], split: str, max_transitions: int | None
+) -> dict[str, np.ndarray]:
+    """The rows of a split; actions are rescaled from the bounds of the action space, where it has them."""
     data = _open_minari(dataset)
     _minari_sizes(data)
     low, high = data.action_space.low, data.action_space.high
     if not (np.isfinite(low).all() and np.isfinite(high).all()):
         low, high = -1.0, 1.0
-    columns = {name: [] for name in ('observations', 'actions', 'terminals', 'rewards', 'masks')}
+    columns = {name: [] for name in (*REQUIRED, *labels)}
     for episode in data.iterate_episodes():
         steps = len(episode.actions)
         actions = 2 * (episode.actions - low) / (high - low) - 1
-        columns['observations'].append(episode.observations)
-        columns['actions'].append(np.concatenate([actions, np.zeros((1, actions.shape[1]))]))
-        columns['terminals'].append(np.arange(steps + 1) == steps)
-        columns['rewards'].append(np.append(episode.rewards, 0.0))
-        columns['masks'].append(np.append(1.0 - episode.terminations, 1.0))
-    raw = {name: np.concatenate(parts) for name, parts in columns.items()}
-    return {name: array if name == 'terminals' else array.astype(np.float32) for name, array in raw.items()}
+        rows = {
+            'observations': episode.observations,
+            'actions': np.concatenate([actions, np.zeros((1, actions.shape[1]))]),
+            'terminals': np.arange(steps + 1) == steps,
+            'rewards': np.append(episode.rewards, 0.0),
+            'masks': np.append(1.0 - episode.terminations, 1.0),
+        }
+        for name, parts in columns.items():
+            parts.append(np.array(rows[name], bool if name == 'terminals' else np.float32))  # A copy: the rest goes.
+    raw = {name: np.concatenate(columns.pop(name)) for name in list(columns)}
+    _check_values(raw, 0, dataset)
+    rows = _split_rows(raw['terminals'], split, max_transitions, dataset, are_transitions=False)
+    return {name: raw.pop(name)[rows].copy() for name in list(raw)}

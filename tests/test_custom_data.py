@@ -4,6 +4,8 @@ import os
 import re
 import subprocess
 import sys
+import tracemalloc
+import types
 from pathlib import Path
 
 import h5py
@@ -27,7 +29,7 @@ def make_arrays(lengths=(3, 4, 2), **replaced):
         'actions': 0.1 * steps[:, None],
         'terminals': np.array([last for _, _, last in rows]),
         'rewards': steps,
-        'masks': 1.0 - (steps == 1),
+        'masks': 1.0 - np.array([t == 1 and not last for _, t, last in rows]),
     }
     arrays |= replaced
     return {name: array for name, array in arrays.items() if array is not None}
@@ -36,6 +38,12 @@ def make_arrays(lengths=(3, 4, 2), **replaced):
 def write_npz(path, **arrays):
     np.savez(path, **arrays)
     return str(path)
+
+
+def nan_at(shape, row):
+    array = np.zeros(shape)
+    array[row] = np.nan
+    return array
 
 
 def test_npz_and_hdf5_hold_the_same_and_the_last_episodes_are_for_validation(tmp_path):
@@ -51,7 +59,7 @@ def test_npz_and_hdf5_hold_the_same_and_the_last_episodes_are_for_validation(tmp
         validation = custom.load_raw(path, 'finetuning', 'val')
         np.testing.assert_array_equal(train['observations'], arrays['observations'][:7])
         np.testing.assert_array_equal(validation['observations'], [[2, 0], [2, 1]])
-        np.testing.assert_array_equal(train['rewards'], [0, 1, 2, 0, 1, 2, 3])
+        np.testing.assert_array_equal(train['rewards'], [0, 1, 0, 0, 1, 2, 0], 'a final state has none')
         np.testing.assert_array_equal(train['masks'], [1, 0, 1, 1, 0, 1, 1])
         assert train['terminals'].tolist() == [False, False, True, False, False, False, True]
         assert {array.dtype.name for name, array in train.items() if name not in ('terminals', 'source')} == {'float32'}
@@ -106,10 +114,149 @@ def test_next_observations_give_the_final_states(tmp_path):
     np.testing.assert_array_equal(custom.load_raw(path, 'finetuning', 'val')['observations'][:, 0], [20, 21])
 
 
-def nan_at(shape, row):
-    array = np.zeros(shape)
-    array[row] = np.nan
-    return array
+@pytest.fixture
+def warnings(monkeypatch):
+    """What is logged as a warning, in a list."""
+    logged = []
+    custom._warn_once.cache_clear()
+    monkeypatch.setattr(custom.logging, 'warning', logged.append)
+    return logged
+
+
+def make_transitions(**replaced):
+    """Transitions (0→1→2, terminated), (10→11→12, cut off), and a validation episode."""
+    states = np.array([0.0, 1, 10, 11, 20])[:, None]
+    arrays = {
+        'observations': 0.1 * states,
+        'next_observations': 0.1 * (states + 1),
+        'actions': np.full((5, 1), 0.5),
+        'rewards': np.ones(5),
+        'terminals': np.array([0, 1, 0, 0, 1]),
+        'timeouts': np.array([0, 0, 0, 1, 0]),
+    }
+    arrays |= replaced
+    return {name: array for name, array in arrays.items() if array is not None}
+
+
+@pytest.mark.parametrize('cut_off', ['timeouts', 'truncations'])
+@pytest.mark.parametrize(('masks', 'expected'), [(None, [1, 0, 1, 1]), (np.array([1.0, 1, 0, 1, 1]), [1, 1, 0, 1])])
+def test_a_cut_off_ends_an_episode_and_terminates_nothing(tmp_path, cut_off, masks, expected):
+    arrays = make_transitions(masks=masks)
+    arrays[cut_off] = arrays.pop('timeouts')
+    raw = custom.load_raw(write_npz(tmp_path / 'd4rl.npz', **arrays), 'finetuning', 'train')
+    np.testing.assert_allclose(raw['observations'][:, 0], [0, 0.1, 0.2, 1, 1.1, 1.2], rtol=1e-6)
+    assert raw['terminals'].tolist() == [False, False, True] * 2
+    np.testing.assert_array_equal(raw['masks'][~raw['terminals']], expected)
+
+
+@pytest.mark.parametrize(
+    ('replaced', 'split', 'message'),
+    [
+        # Only true terminations are marked.
+        ({'terminals': np.array([0, 0, 0, 1, 1]), 'timeouts': None}, 'train', 'row 1 are not the .* of row 2'),
+        ({'terminals': np.array([0, 1, 1, 0, 1]), 'timeouts': None}, 'val', 'row 3 are not the .* of row 4'),
+        ({'next_observations': np.array([[0.11], [0.2], [1.1], [1.2], [2.1]])}, 'train', 'row 0 are not .* of row 1'),
+        ({'terminals': np.array([0, 1, 0, 1, 1])}, 'train', 'true wherever timeouts are.*expected.*or masks'),
+        ({'rewards': nan_at(5, 3)}, 'train', 'rewards hold a NaN or an infinity, first in row 3'),
+        ({'next_observations': nan_at((5, 1), 4)}, 'val', 'next_observations hold a NaN .*, first in row 4'),
+        ({'timeouts': np.zeros((5, 1))}, 'train', r'timeouts have shape \(5, 1\)'),
+    ],
+)
+def test_transitions_that_contradict_themselves_are_refused(tmp_path, replaced, split, message):
+    path = write_npz(tmp_path / 'mine.npz', **make_transitions(**replaced))
+    with pytest.raises(UserError, match=rf'mine\.npz.*{message}'):
+        custom.load_raw(path, 'finetuning', split)
+
+
+def test_transitions_stored_with_another_rounding_follow_each_other(tmp_path):
+    arrays = make_transitions()
+    arrays['observations'] = arrays['observations'].astype(np.float32)
+    custom.load_raw(write_npz(tmp_path / 'mine.npz', **arrays), 'finetuning', 'train')
+
+
+def test_arrays_in_column_order_are_read(tmp_path):
+    arrays = make_arrays()
+    path = write_npz(tmp_path / 'mine.npz', **arrays | {'observations': np.asfortranarray(arrays['observations'])})
+    raw = custom.load_raw(path, 'pretraining', 'train')
+    np.testing.assert_array_equal(raw['observations'], arrays['observations'][:7])
+
+
+def test_transitions_without_final_states_are_refused(tmp_path):
+    path = write_npz(tmp_path / 'mine.npz', **make_transitions(next_observations=None))
+    for read in (lambda: envs.task_spec('none', path), lambda: custom.load_raw(path, 'pretraining', 'train')):
+        with pytest.raises(UserError, match=r'it holds timeouts, so its rows look like transitions.*add next_obs'):
+            read()
+    terminals = make_arrays()['terminals']
+    path = write_npz(tmp_path / 'mine.npz', **make_arrays(masks=1.0 - terminals))
+    for phase in ('pretraining', 'finetuning'):
+        with pytest.raises(UserError, match=r'in 2 of 2 episodes the last row has .* a mask of 0.*add next_'):
+            custom.load_raw(path, phase, 'train')
+
+
+@pytest.mark.parametrize('padding', ['zeros', 'the row before'])
+def test_padded_final_states_are_no_transitions(tmp_path, padding):
+    arrays = make_arrays()
+    last = np.flatnonzero(arrays['terminals'])
+    for name in ('actions', 'rewards', 'masks'):
+        arrays[name][last] = 0 if padding == 'zeros' else arrays[name][last - 1]
+    raw = custom.load_raw(write_npz(tmp_path / 'mine.npz', **arrays), 'finetuning', 'train')
+    assert raw['masks'].tolist() == [1, 0, 1, 1, 0, 1, 1]
+
+
+def test_rewards_of_final_states_are_warned_of_once(tmp_path, warnings):
+    path = write_npz(tmp_path / 'mine.npz', **make_arrays())
+    for phase in ('pretraining', 'finetuning'):
+        custom.load_raw(path, phase, 'train')
+    assert len(warnings) == 1 and 'mine.npz: the last row of most episodes has an action and a reward' in warnings[0]
+    rewards = make_arrays()['rewards'] * ~make_arrays()['terminals']
+    custom.load_raw(write_npz(tmp_path / 'zero.npz', **make_arrays(rewards=rewards)), 'finetuning', 'train')
+    assert len(warnings) == 1
+
+
+@pytest.mark.parametrize('anything', [np.nan, np.inf, -7.0])
+def test_final_states_have_any_action_reward_and_mask(tmp_path, anything):
+    arrays = make_arrays()
+    for name in ('actions', 'rewards', 'masks'):
+        arrays[name][arrays['terminals']] = anything
+    raw = custom.load_raw(write_npz(tmp_path / 'mine.npz', **arrays), 'finetuning', 'train')
+    for name, blank in (('actions', 0), ('rewards', 0), ('masks', 1)):
+        assert (raw[name][raw['terminals']] == blank).all()
+    np.testing.assert_allclose(raw['actions'][:, 0], [0, 0.1, 0, 0, 0.1, 0.2, 0], rtol=1e-6)
+
+
+def peak_of(function):
+    """(what the function returns, the most bytes held at a time while it ran)."""
+    tracemalloc.start()
+    try:
+        return function(), tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize('suffix', ['npz', 'h5'])
+def test_reading_holds_one_array_beside_what_is_kept(tmp_path, suffix):
+    rows, columns = 50_000, 16
+    states = np.random.default_rng(0).normal(size=(rows + 1, columns))
+    arrays = {
+        'observations': states[:-1],
+        'next_observations': states[1:],
+        'actions': np.zeros((rows, 1)),
+        'rewards': np.ones(rows),
+        'terminals': np.arange(1, rows + 1) % 100 == 0,
+    }
+    path = str(tmp_path / f'large.{suffix}')
+    if suffix == 'npz':
+        np.savez(path, **arrays)
+    else:
+        with h5py.File(path, 'w') as file:
+            for name, array in arrays.items():
+                file[name] = array
+    raw, peak = peak_of(lambda: custom.load_raw(path, 'finetuning', 'train'))
+    kept = sum(array.nbytes for name, array in raw.items() if name != 'source')
+    assert peak < kept + 1.25 * arrays['observations'].nbytes
+    if suffix == 'h5':  # Of which no more is read than is wanted.
+        _, peak = peak_of(lambda: custom.load_raw(path, 'finetuning', 'train', 1000))
+        assert peak < 0.25 * arrays['observations'].nbytes
 
 
 @pytest.mark.parametrize(
@@ -126,7 +273,7 @@ def nan_at(shape, row):
         ({'terminals': np.arange(9) == 8}, 'a single episode; expected two or more'),
         ({'rewards': None}, 'it holds no rewards, which fine-tuning needs'),
         ({'observations': nan_at((9, 2), 5)}, 'observations hold a NaN or an infinity, first in row 5'),
-        ({'rewards': nan_at(9, 2)}, 'rewards hold a NaN or an infinity, first in row 2'),
+        ({'rewards': nan_at(9, 1)}, 'rewards hold a NaN or an infinity, first in row 1'),
         ({'actions': np.full((9, 1), 2.0)}, r'actions reach 2; expected \[-1, 1\]'),
         ({'masks': np.full(9, -1.0)}, r'masks reach beyond \[0, 1\]'),
         ({'actions': np.array([[{}]] * 9)}, r'cannot be read \(ValueError'),
@@ -180,6 +327,121 @@ def test_environment_takes_actions_in_unit_range(tmp_path):
 def test_environment_of_other_data_is_refused(tmp_path, env_name, columns, message):
     with pytest.raises(UserError, match=message):
         custom.make_env(pendulum_spec(tmp_path, env_name, columns))
+
+
+@pytest.fixture
+def register():
+    """Registers a constructor, under an id that it returns, until the test is over."""
+    import gymnasium
+
+    ids = []
+
+    def add(constructor, **options):
+        ids.append(f'Own{len(ids)}-v0')
+        gymnasium.register(ids[-1], constructor, **options)
+        return ids[-1]
+
+    yield add
+    for name in ids:
+        del gymnasium.registry[name]
+
+
+def make_line_env(low=-1.0, high=1.0):
+    """An environment that never ends, and refuses actions out of bounds; its constructor takes no render_mode."""
+    import gymnasium
+
+    class LineEnv(gymnasium.Env):
+        metadata = {'render_modes': ['rgb_array']}
+
+        def __init__(self):
+            self.observation_space = gymnasium.spaces.Box(-1, 1, (3,))
+            self.action_space = gymnasium.spaces.Box(np.float32(low), np.float32(high), (1,))
+
+        def reset(self, seed=None, options=None):
+            return np.zeros(3, np.float32), {}
+
+        def step(self, action):
+            assert self.action_space.contains(action), action
+            return np.zeros(3, np.float32), float(action[0]), False, False, {}
+
+    return LineEnv
+
+
+@pytest.mark.parametrize(('low', 'high'), [(-0.7, 1.1), (-0.9, 2.6), (-2.0, 2.0)])
+def test_rescaled_actions_stay_inside_the_bounds(tmp_path, register, low, high):
+    """In float32, 1 is rescaled to 1.1000001 and −1 to −0.90000004."""
+    env = custom.make_env(pendulum_spec(tmp_path, register(make_line_env(low, high))))
+    env.reset(seed=0)
+    rewards = [env.step(np.full(1, action, np.float32))[1] for action in (-1, 0, 1)]
+    np.testing.assert_allclose(rewards, [low, (low + high) / 2, high], atol=1e-6)
+    env.close()
+
+
+def test_constructor_that_takes_no_render_mode(tmp_path, register):
+    spec = pendulum_spec(tmp_path, register(make_line_env(), max_episode_steps=5))
+    custom.make_env(spec).close()
+    with pytest.raises(UserError, match=r'TypeError: .*render_mode.*--video_episodes=0 makes none'):
+        custom.make_env(spec, render_mode='rgb_array')
+
+
+@pytest.mark.parametrize('error', [RuntimeError('no licence\nfound'), AssertionError(), KeyError('size')])
+def test_what_a_constructor_raises_is_one_line(tmp_path, register, error):
+    def construct():
+        raise error
+
+    with pytest.raises(UserError) as refusal:
+        custom.make_env(pendulum_spec(tmp_path, register(construct)))
+    reason = ': '.join([type(error).__name__, *str(error).splitlines()[:1]])
+    assert f'gymnasium cannot make it ({reason}); with --dataset, expected' in str(refusal.value)
+
+
+def test_environment_without_spaces_is_refused(tmp_path, register):
+    import gymnasium
+
+    with pytest.raises(UserError, match='its observation space is None'):
+        custom.make_env(pendulum_spec(tmp_path, register(gymnasium.Env)))
+
+
+def test_environment_that_may_never_end_is_warned_of_once(tmp_path, register, warnings, monkeypatch):
+    spec = pendulum_spec(tmp_path, register(make_line_env()))
+    with monkeypatch.context() as patch:
+        patch.setattr(custom.multiprocessing, 'parent_process', lambda: 'a worker has one')
+        custom.make_env(spec)
+    assert not warnings
+    for _ in range(2):
+        custom.make_env(spec)
+    assert len(warnings) == 1 and 'without max_episode_steps' in warnings[0]
+    custom.make_env(pendulum_spec(tmp_path, register(make_line_env(), max_episode_steps=5)))
+    assert len(warnings) == 1
+
+
+def test_minari_episodes_are_converted_as_they_come(monkeypatch):
+    """As Minari gives them: float64, each read when its turn comes."""
+    import gymnasium
+
+    steps, episodes, columns = 100, 400, 16
+
+    def iterate_episodes():
+        for number in range(episodes):
+            yield types.SimpleNamespace(
+                observations=np.full((steps + 1, columns), float(number)),
+                actions=np.full((steps, 1), 2.0),
+                rewards=np.arange(steps, dtype=float),
+                terminations=np.arange(steps) == steps - 1,
+            )
+
+    data = types.SimpleNamespace(
+        observation_space=gymnasium.spaces.Box(-np.inf, np.inf, (columns,)),
+        action_space=gymnasium.spaces.Box(-2, 2, (1,)),
+        iterate_episodes=iterate_episodes,
+    )
+    monkeypatch.setattr(custom, '_open_minari', lambda dataset: data)
+    raw, peak = peak_of(lambda: custom.load_raw('minari:own-v0', 'finetuning', 'train'))
+    assert peak < 1.5 * episodes * (steps + 1) * columns * 8, 'one and a half times what Minari gives'
+    assert {array.dtype.name for name, array in raw.items() if name not in ('terminals', 'source')} == {'float32'}
+    assert raw['source']['episodes'] == 360 and raw['observations'][-1, 0] == 359
+    np.testing.assert_array_equal(raw['masks'][: steps + 1], np.arange(steps + 1) != steps - 1)
+    np.testing.assert_array_equal(raw['actions'][: steps + 1, 0], np.arange(steps + 1) < steps)
 
 
 def test_minari_missing_names_the_installation(monkeypatch):
