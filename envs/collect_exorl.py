@@ -45,7 +45,9 @@ def define_flags() -> None:
     flags.DEFINE_integer('workers', None, 'Processes that simulate (all cores).', lower_bound=1)
     flags.DEFINE_integer('num_envs', 8, 'Episodes side by side; for --policy=rnd, which they change.', lower_bound=1)
     flags.DEFINE_string('exorl_dir', exorl_episodes.DEFAULT_EXORL_DIR, 'Folder of the episode files.')
-    flags.DEFINE_bool('overwrite', False, 'Throw away episodes that were made with other settings, or downloaded.')
+    flags.DEFINE_bool(
+        'overwrite', False, 'Throw away episodes of other settings, downloaded ones, and those rnd cannot go on from.'
+    )
     flags.DEFINE_integer(
         'episode_length', None, "Steps an episode (the domain's time limit); tests use fewer.", lower_bound=2
     )
@@ -73,20 +75,21 @@ def collect(
         exorl_dir: folder of the domains' folders, made if need be; ~ is expanded.
         num_envs: number of episodes side by side, of rnd.
         episode_length: steps of each episode; None takes the domain's.
-        overwrite: whether to throw away episodes made with other settings.
+        overwrite: whether to throw away episodes that were made with other settings, or that rnd cannot go on from.
 
     Returns:
         The folder of the episodes.
 
     Raises:
-        UserError: unknown domain; episodes of other settings are in the way; another process collects there.
+        UserError: unknown domain; episodes of other settings are in the way, or such as rnd cannot go on from; another
+            process writes there.
         OSError: the file system refuses.
     """
     exorl_episodes.require_domain(domain)
     length = episode_length or EXORL_EPISODE_LENGTHS[domain]
     settings = {
         'source': f'collected with --policy={policy}',
-        'made_by': 'python -m envs.collect_exorl',
+        'made_by': exorl_episodes.COLLECTED_BY,
         'domain': domain,
         'policy': policy,
         'seed': seed,
@@ -96,17 +99,17 @@ def collect(
         settings['num_envs'] = num_envs
     buffer = exorl_episodes.buffer_path(exorl_dir, domain, policy)
     buffer.mkdir(parents=True, exist_ok=True)
-    refusal = f'another process is collecting into {buffer}; wait for it, or stop it'
-    with episode_parts.hold(buffer.parent / '.lock', refusal):
+    with episode_parts.hold(*exorl_episodes.lock(buffer)):
         _claim(buffer, settings, overwrite)
-        for leftover in buffer.glob('*.tmp'):
-            leftover.unlink()
+        for folder in (buffer, buffer.parent):
+            for leftover in folder.glob('*.tmp'):  # Of a killed process.
+                leftover.unlink()
         progress = Progress(domain, policy, length, num_transitions)
         with progress:
             if policy == 'rnd':
                 from envs import collect_rnd  # Brings JAX in, which only this policy needs.
 
-                collect_rnd.collect(buffer, settings, num_transitions, min(workers, num_envs), progress)
+                collect_rnd.collect(buffer, settings, num_transitions, min(workers, num_envs), progress, overwrite)
             else:
                 _collect_independent(buffer, settings, num_transitions, workers, progress)
         commands.say(progress.summary())
@@ -119,22 +122,24 @@ def _claim(buffer: Path, settings: dict, overwrite: bool) -> None:
     # Other versions of the packages may differ in the last bits: no reason to throw episodes away.
     if found is not None and {name: found.get(name) for name in settings} == settings:
         return
-    if exorl_episodes.list_episodes(buffer):
-        if not overwrite:
-            known = found if found and found.get('made_by') == settings['made_by'] else {}
-            details = ', '.join(
-                f'{name} {known.get(name)} instead of {value}'
-                for name, value in settings.items()
-                if known.get(name) != value
-            )
-            origin = f'made with other settings ({details})' if known else 'not made by this command'
-            raise UserError(
-                f'{buffer} holds episodes {origin}; --overwrite throws them away, another --exorl_dir leaves them alone'
-            )
+    episodes = exorl_episodes.list_episodes(buffer)
+    if episodes and not overwrite:
+        known = found if found and found.get('made_by') == settings['made_by'] else {}
+        details = ', '.join(
+            f'{name} {known.get(name)} instead of {value}'
+            for name, value in settings.items()
+            if known.get(name) != value
+        )
+        origin = f'made with other settings ({details})' if known else 'not made by this command'
+        raise UserError(
+            f'{buffer} holds episodes {origin}; --overwrite throws them away, another --exorl_dir leaves them alone'
+        )
+    # First the learner: without episodes, it would be taken for one that has lost them.
+    for name in ('explorer.msgpack', 'history.json'):
+        (buffer.parent / name).unlink(missing_ok=True)
+    if episodes:
         shutil.rmtree(buffer)
         buffer.mkdir()
-    for name in ('explorer.msgpack', 'history.json'):  # Those of a learner whose episodes are gone.
-        (buffer.parent / name).unlink(missing_ok=True)
     versions = {package: importlib.metadata.version(package) for package in VERSIONED_PACKAGES}
     exorl_episodes.write_metadata(buffer, settings | {'versions': versions})
 

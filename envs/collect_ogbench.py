@@ -125,6 +125,8 @@ def collect(
         for file in paths
         if not commands.is_finished(paths[file], settings[file] | {'episodes': episodes[file]}, overwrite)
     ]
+    for file in paths.keys() - set(wanted):
+        episode_parts.discard_joined(paths[file])
     if wanted and domain.startswith('visual-'):
         versions['renderer'] = rendering.require_backend()  # Pixels are its own.
     parts = {file: episode_parts.EpisodeParts(paths[file], settings[file] | {'versions': versions}) for file in wanted}

@@ -2,8 +2,8 @@
 
 Environments are stepped side by side, so that one call of the policy serves all; the learner works while they do. After
 each round of E episodes the learner is written to `explorer.msgpack` beside the buffer, and a resumed command goes on
-from there with the very same numbers as one that was never stopped. What is learnt is in `rnd.py`, what is written in
-`exploration.py`.
+from there with the very same numbers as one that was never stopped. An episode that is lost meanwhile cannot be made
+again: another is made in its place. What is learnt is in `rnd.py`, what is written in `exploration.py`.
 """
 
 import json
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from envs import EXORL_SIZES, commands, exorl_episodes, rnd, worker_pool
+from envs import EXORL_SIZES, commands, episode_parts, exorl_episodes, rnd, worker_pool
 from utils.errors import UserError
 
 CHECKPOINT_NAME = 'explorer.msgpack'
@@ -34,7 +34,8 @@ def make_group(domain: str, episode_length: int, buffer: str, count: int):
         if command == 'start':
             return np.stack([recorder.start(*value) for recorder, value in zip(recorders, values, strict=True)])
         if command == 'step':
-            return np.stack([recorder.step(value) for recorder, value in zip(recorders, values, strict=True)])
+            steps = [recorder.step(value) for recorder, value in zip(recorders, values, strict=True)]
+            return tuple(np.stack(arrays) for arrays in zip(*steps, strict=True))
         return [recorder.finish() for recorder in recorders]
 
     return run
@@ -47,18 +48,28 @@ class _Simulators:
         self._crew = crew
         self._ends = np.cumsum(counts)[:-1]
 
-    def send(self, command: str, values) -> None:
-        self._crew.send([(command, part) for part in np.split(values, self._ends)])
-
-    def receive(self) -> np.ndarray:
+    def start(self, values) -> np.ndarray:
+        """Begins an episode in each, with its index and seed; returns the first observations (E, d)."""
+        self._send('start', values)
         return np.concatenate(self._crew.receive())
+
+    def step(self, actions) -> None:
+        """Has each begin a step."""
+        self._send('step', actions)
+
+    def receive(self) -> tuple[np.ndarray, np.ndarray]:
+        """The next observations (E, d), and the actions (E, a) that were taken."""
+        return tuple(np.concatenate(arrays) for arrays in zip(*self._crew.receive(), strict=True))
+
+    def _send(self, command: str, values) -> None:
+        self._crew.send([(command, part) for part in np.split(values, self._ends)])
 
     def finish(self) -> list[np.ndarray]:
         self._crew.send([('finish', None)] * (len(self._ends) + 1))
         return [cells for group in self._crew.receive() for cells in group]
 
 
-def collect(buffer: Path, settings: dict, num_transitions: int, workers: int, progress) -> None:
+def collect(buffer: Path, settings: dict, num_transitions: int, workers: int, progress, overwrite: bool) -> None:
     """Makes rounds of `num_envs` episodes until there are `num_transitions` transitions, and learns meanwhile.
 
     Args:
@@ -67,16 +78,23 @@ def collect(buffer: Path, settings: dict, num_transitions: int, workers: int, pr
         num_transitions: at least as many there will be.
         workers: number of processes, at most num_envs.
         progress: `collect_exorl.Progress`.
+        overwrite: whether to throw away what is there if it cannot be continued.
 
     Raises:
         UserError: what is there cannot be continued; a worker died.
     """
     domain, length, num_envs = settings['domain'], settings['episode_length'], settings['num_envs']
-    rounds = -(-num_transitions // (length * num_envs))
     base_key = jax.random.key(settings['seed'])
     explorer = rnd.create(jax.random.fold_in(base_key, 2**31 - 1), *EXORL_SIZES[domain])
-    explorer, done, history = _restore(buffer, explorer)
-    replay = _load_replay(buffer, domain, length, num_envs, done, max(rounds, done), progress)
+    try:
+        explorer, replay, known, done, rounds, history = _resume(buffer, settings, num_transitions, explorer)
+    except UserError:
+        if not overwrite:
+            raise
+        commands.say(f'the episodes in {buffer} cannot be continued: starting over')
+        _forget(buffer)
+        explorer, replay, known, done, rounds, history = _resume(buffer, settings, num_transitions, explorer)
+    progress.found_episodes(known)
     if done >= rounds:
         return
     counts = [len(part) for part in np.array_split(np.arange(num_envs), workers)]
@@ -116,8 +134,7 @@ def _play_round(explorer, replay, simulators, number: int, settings: dict, base_
     first_row = number * (length + 1)
     indices = number * num_envs + np.arange(num_envs)
     seeds = [np.random.SeedSequence((settings['seed'], 2, index)).generate_state(1)[0] for index in indices.tolist()]
-    simulators.send('start', np.stack([indices, np.array(seeds, np.int64)], axis=1))
-    observations = simulators.receive()
+    observations = simulators.start(np.stack([indices, np.array(seeds, np.int64)], axis=1))
     explorer, replay = rnd.see(explorer, replay, first_row, observations)
     for t in range(length):
         step = number * length + t  # Of each simulator, over all rounds.
@@ -127,12 +144,12 @@ def _play_round(explorer, replay, simulators, number: int, settings: dict, base_
             actions = rnd.act(explorer, observations, act_key, action_size=action_size)
         else:
             actions = jax.random.uniform(act_key, (num_envs, action_size), minval=-1.0, maxval=1.0)
-        simulators.send('step', np.asarray(actions))
-        replay = rnd.do(replay, first_row + t, actions)
+        simulators.step(np.asarray(actions))
         if is_learning:  # The device is busy while the simulators are.
             explorer, metrics = rnd.learn(explorer, replay, step, learn_key, episode_length=length, updates=updates)
             bonuses.append(metrics['bonus'])
-        observations = simulators.receive()
+        observations, actions = simulators.receive()  # As they were taken, and are in the files to resume from.
+        replay = rnd.do(replay, first_row + t, actions)
         explorer, replay = rnd.see(explorer, replay, first_row + t + 1, observations)
     return explorer, replay
 
@@ -143,7 +160,33 @@ def _save(buffer: Path, explorer: rnd.Explorer, rounds: int, history: list[dict]
     for name, data in ((HISTORY_NAME, json.dumps(history, indent=1).encode()), (CHECKPOINT_NAME, content)):
         temporary = buffer.parent / f'.{name}.{os.getpid()}.tmp'
         temporary.write_bytes(data)
-        os.replace(temporary, buffer.parent / name)
+        episode_parts.finish_file(temporary, buffer.parent / name)
+
+
+def _resume(buffer: Path, settings: dict, num_transitions: int, explorer: rnd.Explorer):
+    """What an earlier command left, for rounds enough that there are `num_transitions` transitions in the end.
+
+    Returns:
+        The learner (the given one, if there is none), the replay, the paths of the episodes in it, how many rounds are
+        done, how many there should be, and the history.
+
+    Raises:
+        UserError: what is there cannot be continued.
+    """
+    length, num_envs = settings['episode_length'], settings['num_envs']
+    explorer, done, history = _restore(buffer, explorer)
+    known = _known_episodes(buffer, length, num_envs, done)
+    lost = done * num_envs - len(known)
+    rounds = max(done, -(-(num_transitions + lost * length) // (length * num_envs)))
+    if known:
+        commands.say(f'continuing: {len(known)} episodes are already there')
+    if lost:
+        commands.say(
+            f'{lost} more are lost, which rnd cannot make again: others are made in their place, and the explorer '
+            'learns from what is there; an uninterrupted command would have made different ones'
+        )
+    replay = _load_replay(known, settings['domain'], length, num_envs, done, rounds)
+    return explorer, replay, list(known.values()), done, rounds, history
 
 
 def _restore(buffer: Path, explorer: rnd.Explorer) -> tuple[rnd.Explorer, int, list[dict]]:
@@ -163,20 +206,52 @@ def _restore(buffer: Path, explorer: rnd.Explorer) -> tuple[rnd.Explorer, int, l
     return jax.tree.map(jnp.array, restored['explorer']), rounds, history[:rounds]
 
 
-def _load_replay(buffer: Path, domain: str, length: int, num_envs: int, done: int, rounds: int, progress) -> rnd.Replay:
-    """The replay with room for all rounds and the episodes of the first `done`; later episodes are deleted."""
+def _known_episodes(buffer: Path, length: int, num_envs: int, done: int) -> dict[int, Path]:
+    """The episodes of the rounds that the learner has seen, by index; those of a round that was cut off are deleted.
+
+    Raises:
+        UserError: there are later ones, which are not this learner's, or there is none of what it has seen.
+    """
+    checkpoint = buffer.parent / CHECKPOINT_NAME
+    count, listed = done * num_envs, exorl_episodes.list_episodes(buffer)
+    if listed and exorl_episodes.named_index(listed[-1]) >= count + num_envs:
+        state = f'an older copy, which has learnt from {count} episodes' if checkpoint.exists() else 'missing'
+        raise UserError(
+            f'{checkpoint} is {state}, and {buffer} holds {listed[-1].name}: put the newest copy back, collect into '
+            'another --exorl_dir, or throw these episodes away with --overwrite'
+        )
+    paths = {index: buffer / exorl_episodes.episode_name(index, length) for index in range(count)}
+    there = set(listed)
+    known = {index: path for index, path in paths.items() if path in there}
+    if count and not known:
+        raise UserError(
+            f'{buffer} holds none of the {count} episodes that {checkpoint} has learnt from: put them back, collect '
+            'into another --exorl_dir, or start over with --overwrite'
+        )
+    for path in listed:
+        if exorl_episodes.named_index(path) >= count:
+            path.unlink()  # Of a round that was not finished: the learner does not know them.
+    return known
+
+
+def _load_replay(known: dict[int, Path], domain: str, length: int, num_envs: int, done: int, rounds: int) -> rnd.Replay:
+    """The replay with room for all rounds and the episodes of the first `done`; the one before stands in for a lost
+    one."""
     observation_size, action_size = EXORL_SIZES[domain]
     observations = np.zeros((rounds * (length + 1), num_envs, observation_size), np.float32)
     actions = np.zeros((rounds * (length + 1), num_envs, action_size), np.float32)
-    paths = [buffer / exorl_episodes.episode_name(index, length) for index in range(done * num_envs)]
-    if paths:
-        commands.say(f'continuing: {len(paths)} episodes are already there')
-    for index, path in enumerate(paths):
-        episode = exorl_episodes.read_episode(path, domain, ('observation', 'action'))
+    for index in range(done * num_envs):
+        if index in known or not index:
+            path = known.get(index) or next(iter(known.values()))
+            # With what the coverage is counted from, so that a damaged episode is met before anything is.
+            episode = exorl_episodes.read_episode(path, domain, ('observation', 'action', 'physics'))
         rows = slice(index // num_envs * (length + 1), (index // num_envs + 1) * (length + 1))
         observations[rows, index % num_envs] = episode['observation']
         actions[rows, index % num_envs] = np.roll(episode['action'], -1, axis=0)
-    progress.found_episodes(paths)
-    for path in set(exorl_episodes.list_episodes(buffer)) - set(paths):
-        path.unlink()  # Of a round that was not finished: the learner does not know them.
     return rnd.Replay(jnp.array(observations), jnp.array(actions))
+
+
+def _forget(buffer: Path) -> None:
+    """Removes the learner, and then its episodes: without it, they are not taken for the rest of what it knows."""
+    for path in (buffer.parent / CHECKPOINT_NAME, buffer.parent / HISTORY_NAME, *exorl_episodes.list_episodes(buffer)):
+        path.unlink(missing_ok=True)

@@ -84,7 +84,8 @@ def convert(
         The paths of all files of these sets.
 
     Raises:
-        UserError: unknown names, no or too few episodes, a bad episode file, or something else in the way.
+        UserError: unknown names, no or too few episodes, a bad episode file, something else in the way, or another
+            process converting the same domain.
         OSError: the file system refuses.
     """
     exorl_episodes.require_domain(domain)
@@ -98,7 +99,7 @@ def convert(
             f'python -m envs.collect_exorl {get} --policy={algo if algo in ("ou", "random") else "rnd"}'
         )
     steps = exorl_episodes.common_steps(episodes)
-    ranges = _split(episodes, steps, sizes, f'python -m envs.collect_exorl {get}')
+    ranges = _split(episodes, steps, sizes, get)
 
     source = exorl_episodes.read_metadata(buffer) or {'source': f'episode files in {buffer}'}
     versions = {package: importlib.metadata.version(package) for package in VERSIONED_PACKAGES}
@@ -119,12 +120,22 @@ def convert(
             }
             paths.append(path)
             if not commands.is_finished(path, settings, overwrite):
-                wanted[path] = (task, chosen, split == 'val', settings | {'versions': versions})
+                wanted[path] = (task, chosen, split == 'val', settings)
+    if not wanted:
+        return paths
 
-    labels = _label(domain, wanted.values(), workers)
-    for path, (task, chosen, with_physics, metadata) in wanted.items():
-        _write_set(path, domain, chosen, labels.get(task), with_physics, metadata)
-        commands.say(f'wrote {path} ({len(chosen)} episodes, {path.stat().st_size / 1e6:.1f} MB)')
+    folder = paths[0].parent
+    folder.mkdir(parents=True, exist_ok=True)
+    refusal = f'another process is converting episodes of {domain} into {folder}; wait for it, or stop it'
+    with episode_parts.held(folder / f'.exorl-{domain}.lock', refusal):
+        for leftover in folder.glob(f'.exorl-{domain}*.tmp'):  # Of a killed process.
+            leftover.unlink()
+        # Another process may have been at the end of it.
+        wanted = {path: job for path, job in wanted.items() if not commands.is_finished(path, job[-1], overwrite)}
+        labels = _label(domain, wanted.values(), workers)
+        for path, (task, chosen, with_physics, settings) in wanted.items():
+            _write_set(path, domain, chosen, labels.get(task), with_physics, settings | {'versions': versions})
+            commands.say(f'wrote {path} ({len(chosen)} episodes, {path.stat().st_size / 1e6:.1f} MB)')
     return paths
 
 
@@ -140,7 +151,7 @@ def _full_names(domain: str, tasks: list[str] | None) -> list[str]:
     return [f'{domain}_{task}' for task in dict.fromkeys(tasks)]
 
 
-def _split(episodes: list[Path], steps: int, sizes: tuple[int, ...], collect: str) -> dict:
+def _split(episodes: list[Path], steps: int, sizes: tuple[int, ...], get: str) -> dict:
     """The episodes of each set, one set after the other in the order of the files."""
     counts = [size // steps for size in sizes]
     for flag, size, count in zip(SIZE_FLAGS, sizes, counts, strict=True):
@@ -148,12 +159,28 @@ def _split(episodes: list[Path], steps: int, sizes: tuple[int, ...], collect: st
             raise UserError(f'--{flag}={size}: these episodes have {steps} transitions each; ask for at least one')
     if sum(counts) > len(episodes):
         wishes = ' '.join(f'--{flag}={size}' for flag, size in zip(SIZE_FLAGS, sizes, strict=True))
+        left = len(episodes) - sum(counts[1:])  # For the first set, by far the largest.
+        less = f' (--{SIZE_FLAGS[0]}={left * steps})' if left > 0 else ''
         raise UserError(
             f'{episodes[0].parent} holds {len(episodes)} episodes of {steps} transitions, and {wishes} need '
-            f'{sum(counts)}: ask for less, or get more with {collect} --num_transitions={sum(counts) * steps}'
+            f'{sum(counts)}: ask for less{less}, or {_get_more(episodes[0].parent, get, sum(counts) * steps)}'
         )
     ends = np.cumsum(counts)
     return {name: episodes[end - count : end] for name, count, end in zip(SETS, counts, ends, strict=True)}
+
+
+def _get_more(buffer: Path, get: str, transitions: int) -> str:
+    """How there can be that many transitions, which depends on where the episodes came from."""
+    origin = exorl_episodes.read_metadata(buffer) or {}
+    collect = f'{exorl_episodes.COLLECTED_BY} {get}'
+    if origin.get('made_by') == exorl_episodes.COLLECTED_BY:
+        names = [name for name in ('policy', 'seed', 'num_envs', 'episode_length') if name in origin]
+        same = ' '.join(f'--{name}={origin[name]}' for name in names)
+        return f'get more with {collect} {same} --num_transitions={transitions}'
+    if origin.get('made_by') == exorl_episodes.DOWNLOADED_BY:
+        fetch = f'{exorl_episodes.DOWNLOADED_BY} {get} --algo={buffer.parent.name} --overwrite'
+        return f'fetch them all anew with {fetch} if some were deleted'
+    return f'make others in another --exorl_dir with {collect} --num_transitions={transitions}'
 
 
 def make_labeller(domain: str):
@@ -213,7 +240,6 @@ def _write_set(
     def at_the_row_they_are_taken_in(actions):  # ExORL has them in the row that they lead to.
         return np.concatenate([actions[1:], np.zeros_like(actions[:1])])
 
-    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f'.{target.name}.{os.getpid()}.tmp')
     terminals = np.arange(rows) == rows - 1
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')

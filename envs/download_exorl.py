@@ -16,13 +16,12 @@ from pathlib import Path, PurePosixPath
 
 from absl import flags
 
-from envs import EXORL_TASKS, commands, exorl_episodes, resumable_download
+from envs import EXORL_TASKS, commands, episode_parts, exorl_episodes, resumable_download
 from utils import cli
 from utils.errors import UserError
 from utils.progress import progress_bar
 
 BASE_URL = 'https://dl.fbaipublicfiles.com/exorl'
-MADE_BY = 'python -m envs.download_exorl'
 # What a damaged archive raises: unlike UNREADABLE_NPZ no OSError, which here may be a full disk, but the RuntimeError
 # of an encrypted member.
 UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError)
@@ -65,7 +64,7 @@ def download(
 
     Raises:
         UserError: unknown domain, server out of reach, no such file there, an archive that is damaged, unsafe or holds
-            no episodes, something else in the way, or no room on the disk.
+            no episodes, something else in the way, another process writing there, or no room on the disk.
         OSError: the file system refuses.
     """
     exorl_episodes.require_domain(domain)
@@ -73,8 +72,17 @@ def download(
     resumable_download.check_base_url(base_url)
     if _is_there(buffer, overwrite):
         return buffer
+    buffer.parent.mkdir(parents=True, exist_ok=True)
+    with episode_parts.held(*exorl_episodes.lock(buffer)):
+        if not _is_there(buffer, overwrite):  # Another process may have been at the end of it.
+            _fetch_and_unpack(domain, algo, buffer, base_url, keep_zip, overwrite, pause)
+    return buffer
+
+
+def _fetch_and_unpack(
+    domain: str, algo: str, buffer: Path, base_url: str, keep_zip: bool, overwrite: bool, pause: float
+) -> None:
     folder = buffer.parent
-    folder.parent.mkdir(parents=True, exist_ok=True)
     url = f'{base_url.rstrip("/")}/{domain}/{algo}.zip'
     archive_path = folder.with_name(f'{algo}.zip')
     if not archive_path.exists():
@@ -95,16 +103,27 @@ def download(
             f'{archive_path} is damaged ({type(error).__name__}: {error}) and was deleted; '
             'the same command downloads it again'
         ) from error
-    exorl_episodes.write_metadata(
-        unpacking / 'buffer', {'source': url, 'made_by': MADE_BY, 'domain': domain, 'algo': algo}
-    )
-    if folder.exists():  # What `_is_there` found nothing worth keeping in.
-        shutil.rmtree(folder)
-    os.rename(unpacking, folder)
+    if not _is_there(buffer, overwrite):  # Not every file system has locks, and hours may have passed.
+        _clear(buffer)
+        made = {'source': url, 'made_by': exorl_episodes.DOWNLOADED_BY, 'domain': domain, 'algo': algo}
+        exorl_episodes.write_metadata(buffer, made)
+        os.rename(unpacking / 'buffer', buffer)
+        commands.say(f'unpacked {count} episodes into {buffer}')
+    shutil.rmtree(unpacking)
     if not keep_zip:
-        archive_path.unlink()
-    commands.say(f'unpacked {count} episodes into {buffer}')
-    return buffer
+        archive_path.unlink(missing_ok=True)
+
+
+def _clear(buffer: Path) -> None:
+    """Removes the episodes and what belongs to them, but not the lock file that this process holds."""
+    lock_path, _ = exorl_episodes.lock(buffer)
+    # First what says where they come from: with a part of them gone, nothing should.
+    (buffer.parent / exorl_episodes.METADATA_NAME).unlink(missing_ok=True)
+    for path in set(buffer.parent.iterdir()) - {lock_path}:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _is_there(buffer: Path, overwrite: bool) -> bool:
@@ -112,7 +131,7 @@ def _is_there(buffer: Path, overwrite: bool) -> bool:
     count = len(exorl_episodes.list_episodes(buffer))
     if not count or overwrite:
         return False
-    if (exorl_episodes.read_metadata(buffer) or {}).get('made_by') != MADE_BY:
+    if (exorl_episodes.read_metadata(buffer) or {}).get('made_by') != exorl_episodes.DOWNLOADED_BY:
         raise UserError(
             f'{buffer} holds {count} episodes that this command did not download; --overwrite throws them away, '
             'another --exorl_dir keeps both'
@@ -139,7 +158,7 @@ def _unpack(archive_path: Path, buffer: Path) -> int:
                 temporary = buffer / f'{name}.tmp'
                 with archive.open(members[name]) as packed, open(temporary, 'wb') as file:
                     shutil.copyfileobj(packed, file)
-                os.replace(temporary, buffer / name)
+                episode_parts.finish_file(temporary, buffer / name)
                 bar.update()
     for stranger in {path.name for path in buffer.iterdir()} - set(members):  # Of another version of the archive.
         (buffer / stranger).unlink()

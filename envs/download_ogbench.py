@@ -11,7 +11,7 @@ from pathlib import Path
 
 from absl import flags
 
-from envs import OGBENCH_DOMAINS, OGBENCH_STATE_DOMAINS, data, episode_parts, resumable_download, suggest
+from envs import OGBENCH_DOMAINS, data, episode_parts, resumable_download, suggest
 from utils import cli
 from utils.errors import UserError
 
@@ -46,8 +46,8 @@ def download(
         The two paths.
 
     Raises:
-        UserError: unknown environment, server out of reach, no such file there, something else in the way, or no room
-            on the disk.
+        UserError: unknown environment, server out of reach, no such file there, something else in the way, another
+            process fetching the same file, or no room on the disk.
         OSError: the file system refuses.
     """
     if env_name not in DOWNLOADABLE:
@@ -59,23 +59,25 @@ def download(
     domain = env_name.removesuffix('-v0')
     paths = [data.dataset_path(dataset_dir, domain, 'pretraining', split) for split in data.SPLITS]
     for path in paths:
-        if not _is_there(path, overwrite):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                resumable_download.fetch(f'{base_url.rstrip("/")}/{path.name}', path, pause, 'npz file')
-            except resumable_download.Interrupted as error:
-                raise UserError(f'{error}; the same command continues. {_alternative(domain, path)}') from None
-            print(f'wrote {path} ({path.stat().st_size / 1e6:.1f} MB)', flush=True)
+        if _is_there(path, overwrite):
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        refusal = f'another process is downloading {path}; wait for it, or stop it'
+        with episode_parts.held(path.with_name(f'.{path.name}.lock'), refusal):
+            if not _is_there(path, overwrite):  # Another process may have been at the end of it.
+                _fetch(f'{base_url.rstrip("/")}/{path.name}', path, env_name, pause)
     return paths
 
 
-def _alternative(domain: str, path: Path) -> str:
-    if domain not in OGBENCH_STATE_DOMAINS:
-        return 'Without a connection, copy the file there from elsewhere.'
-    return (
-        'Without a connection, make the same kind of data here: '
-        f'python -m envs.collect_ogbench --split=pretrain --env_name={domain}-v0 --dataset_dir={path.parent}'
-    )
+def _fetch(url: str, path: Path, env_name: str, pause: float) -> None:
+    try:
+        resumable_download.fetch(url, path, pause, 'npz file')
+    except resumable_download.Interrupted as error:
+        raise UserError(
+            f'{error}; the same command continues. Without a connection, make the same kind of data here: '
+            f'python -m envs.collect_ogbench --split=pretrain --env_name={env_name} --dataset_dir={path.parent}'
+        ) from None
+    print(f'wrote {path} ({path.stat().st_size / 1e6:.1f} MB)', flush=True)
 
 
 def _is_there(path: Path, overwrite: bool) -> bool:

@@ -5,6 +5,7 @@ format: one array a key, all episodes' rows in order, plus `metadata`, a JSON st
 episodes are is not known here.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -41,6 +42,10 @@ def write_part(folder: Path, index: int, episode: dict[str, np.ndarray]) -> None
         raise
 
 
+def _parts_folder(target: Path) -> Path:
+    return target.with_name(target.name + '.parts')
+
+
 def _part_path(folder: Path, index: int) -> Path:
     return folder / f'{index:06d}.npz'
 
@@ -51,15 +56,29 @@ def hold(path: Path, refusal: str) -> IO:
     Raises:
         UserError: another process holds it; the message is `refusal`.
     """
-    file = open(path, 'w')  # noqa: SIM115 (held for as long as the caller wants)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise UserError(refusal) from None
-    except OSError:
-        pass  # Some network file systems have no locks.
+    for _ in range(9):  # Once, but where a file is opened at the moment at which `held` removes it.
+        file = open(path, 'w')  # noqa: SIM115 (held for as long as the caller wants)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise UserError(refusal) from None
+        except OSError:
+            break  # Some network file systems have no locks.
+        if os.fstat(file.fileno()).st_nlink:  # At a file without a name nobody else would meet this process.
+            break
     return file
+
+
+@contextlib.contextmanager
+def held(path: Path, refusal: str):
+    """`hold` for the length of a block; the lock file is gone afterwards."""
+    file = hold(path, refusal)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # While it is still held, or it might be another's.
+        file.close()
 
 
 class EpisodeParts:
@@ -82,7 +101,7 @@ class EpisodeParts:
             OSError: the folder cannot be made.
         """
         self._target = target
-        self.folder = target.with_name(target.name + '.parts')
+        self.folder = _parts_folder(target)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = hold(self.folder / 'lock', f'another process is making {target}; wait for it, or stop it')
 
@@ -164,6 +183,29 @@ def write_text(archive: zipfile.ZipFile, key: str, text: str) -> None:
     """Writes a string into an open npz file."""
     with _open_member(archive, key) as member:
         np.lib.format.write_array(member, np.array(text), allow_pickle=False)
+
+
+def discard_joined(target: Path) -> None:
+    """Removes the parts of a finished file, which a kill between its naming and their removal leaves.
+
+    Parts that the file does not hold are no leftovers, nor are those that another process is at work on: they stay.
+    """
+    folder = _parts_folder(target)
+    metadata = read_metadata(target)
+    if metadata is None or not folder.is_dir():
+        return
+    try:
+        lock = hold(folder / 'lock', 'in use')
+    except UserError:
+        return
+    with lock:
+        try:
+            settings = json.loads((folder / 'settings.json').read_text())
+        except (OSError, ValueError):
+            settings = {}  # The removal had begun; parts without settings are of no use to anybody.
+        same = {name: metadata.get(name) for name in settings} == settings
+        if same and all(int(path.stem) < metadata.get('episodes', 0) for path in folder.glob('*.npz')):
+            shutil.rmtree(folder)
 
 
 def finish_file(temporary: Path, target: Path) -> None:

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from envs import EXORL_PHYSICS_SIZES, EXORL_SIZES, EXORL_TASKS, suggest
+from envs import EXORL_PHYSICS_SIZES, EXORL_SIZES, EXORL_TASKS, episode_parts, suggest
 from utils.errors import UNREADABLE_NPZ, UserError
 
 DEFAULT_EXORL_DIR = '~/.exorl/data'
 EPISODE_NAME = re.compile(r'episode_(\d{6,})_(\d+)\.npz')
 METADATA_NAME = 'metadata.json'
+COLLECTED_BY, DOWNLOADED_BY = 'python -m envs.collect_exorl', 'python -m envs.download_exorl'  # Its 'made_by'.
 MIN_STEPS = 2  # One step has no next action to learn from.
 # Actions are clipped to [-1, 1] when they are used. This much beyond is rounding; more means that they were never
 # scaled.
@@ -55,6 +56,11 @@ def list_episodes(buffer: Path) -> list[Path]:
 def named_steps(path: Path) -> int:
     """The number of steps that an episode file's name gives."""
     return int(EPISODE_NAME.fullmatch(path.name)[2])
+
+
+def named_index(path: Path) -> int:
+    """The index that an episode file's name gives."""
+    return int(EPISODE_NAME.fullmatch(path.name)[1])
 
 
 def common_steps(paths: list[Path]) -> int:
@@ -103,8 +109,8 @@ def read_episode(path: Path, domain: str, names: tuple[str, ...]) -> dict[str, n
     except UNREADABLE_NPZ as error:
         reason = ' '.join(str(error).split())
         raise UserError(
-            f'{path} cannot be read ({type(error).__name__}: {reason}): it is damaged or not an npz file; delete it, '
-            'and fetch or collect it again'
+            f'{path} cannot be read ({type(error).__name__}: {reason}): it is damaged or not an npz file; '
+            + _remedy(path)
         ) from error
     for name, array in episode.items():
         expected = (named_steps(path) + 1, widths[name])
@@ -126,14 +132,28 @@ def read_episode(path: Path, domain: str, names: tuple[str, ...]) -> dict[str, n
     return episode
 
 
+def _remedy(path: Path) -> str:
+    """What can be done about a damaged episode, which depends on where it came from."""
+    origin = read_metadata(path.parent) or {}
+    if origin.get('made_by') == DOWNLOADED_BY:
+        folder, domain, algo = path.parents[3], path.parents[2].name, path.parents[1].name
+        return f'{DOWNLOADED_BY} --domain={domain} --algo={algo} --exorl_dir={folder} --overwrite fetches all anew'
+    if origin.get('policy') != 'rnd':
+        return 'delete it, and fetch or collect it again'
+    return (
+        'put a copy back, or delete it. rnd learns as it goes and cannot make this very one again: convert fewer '
+        'transitions (--pretraining_size), or let the command that collected it make another in its place'
+    )
+
+
 def write_episode(buffer: Path, index: int, episode: dict[str, np.ndarray]) -> Path:
-    """Writes an episode (arrays of T + 1 rows, ExORL's names), wholly or not at all."""
+    """Writes an episode (arrays of T + 1 rows, ExORL's names), wholly or not at all, and onto the disk."""
     path = buffer / episode_name(index, len(episode['observation']) - 1)
     temporary = buffer / f'{path.name}.{os.getpid()}.tmp'
     try:
         with open(temporary, 'wb') as file:
             np.savez(file, **episode)
-        os.replace(temporary, path)
+        episode_parts.finish_file(temporary, path)  # One of rnd that a power cut empties could not be made again.
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -147,6 +167,12 @@ def is_readable(path: Path) -> bool:
             return archive.testzip() is None
     except UNREADABLE_NPZ:
         return False
+
+
+def lock(buffer: Path) -> tuple[Path, str]:
+    """The lock file of whoever writes episodes into the folder, and what one says whom another keeps waiting."""
+    refusal = f'another process is collecting or downloading into {buffer}; wait for it, or stop it'
+    return buffer.parent / '.lock', refusal
 
 
 def read_metadata(buffer: Path) -> dict | None:
@@ -163,4 +189,4 @@ def write_metadata(buffer: Path, metadata: dict) -> None:
     path = buffer.parent / METADATA_NAME
     temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
     temporary.write_text(json.dumps(metadata, indent=2, sort_keys=True) + '\n')
-    os.replace(temporary, path)
+    episode_parts.finish_file(temporary, path)

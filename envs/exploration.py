@@ -5,6 +5,8 @@ nothing.
 episodes to make is the business of `collect_exorl.py`.
 """
 
+import contextlib
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,8 @@ from envs import EXORL_TASKS, coverage, exorl_env, exorl_episodes, task_spec
 OU_MEMORY = float(np.exp(-0.15))
 OU_STD = 0.5
 
+logger = logging.getLogger(__name__)
+
 
 def reward_task(domain: str) -> str:
     """The task whose live rewards the episode files of a domain hold: nothing learns from them."""
@@ -23,7 +27,11 @@ def reward_task(domain: str) -> str:
 
 
 class EpisodeRecorder:
-    """Runs one episode after the other in one simulator, and writes each when it is finished."""
+    """Runs one episode after the other in one simulator, and writes each when it is finished.
+
+    Every episode has all its steps, whatever the simulator does: a step that diverges is taken again without an action,
+    and if that diverges, too, the last state is repeated, without an action, until the end.
+    """
 
     def __init__(self, domain: str, episode_length: int, buffer: str | Path):
         self._domain, self._length, self._buffer = domain, episode_length, Path(buffer)
@@ -34,25 +42,36 @@ class EpisodeRecorder:
     def start(self, index: int, seed: int) -> np.ndarray:
         """Begins the episode of that index and returns its first observation."""
         self._index = int(index)
+        self._is_stuck = False
         observation, _ = self._env.reset(seed=int(seed))
         self._rows = {'observation': [], 'action': [], 'reward': [], 'physics': []}
         self._record(observation, np.zeros(self.action_size), 0.0)
         return observation
 
-    def step(self, action: np.ndarray) -> np.ndarray:
-        """Takes one step and returns the next observation."""
-        action = np.clip(action, -1.0, 1.0)
-        observation, reward, diverged, *_ = self._env.step(action)
-        if diverged:
-            # From the last state, the simulator is tried again with a step in which nothing is done.
-            with self._env.physics.reset_context():
-                self._env.physics.set_state(self._rows['physics'][-1])
-            action = np.zeros(self.action_size)
-            observation, reward, diverged, *_ = self._env.step(action)
-            if diverged:
-                raise control.PhysicsError(f'{self._domain}: episode {self._index} cannot be simulated any further')
-        self._record(observation, action, reward)
-        return observation
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Takes one step; returns the next observation (d,) and the action (a,) that was taken, which the file holds.
+
+        Both are float32. The action is the given one, clipped to [-1, 1], unless the simulator could not take it.
+        """
+        nothing = np.zeros(self.action_size, np.float32)
+        attempts = () if self._is_stuck else (np.clip(action, -1.0, 1.0).astype(np.float32), nothing)
+        for attempt in attempts:
+            observation, reward, diverged, *_ = self._env.step(attempt)
+            if not diverged:
+                self._record(observation, attempt, reward)
+                return observation, attempt
+            self._step_back()
+        if not self._is_stuck:
+            logger.warning('%s: episode %d cannot be simulated any further and stays', self._domain, self._index)
+            self._is_stuck = True
+        for name, rows in self._rows.items():
+            rows.append(nothing if name == 'action' else rows[-1])
+        return self._rows['observation'][-1], nothing
+
+    def _step_back(self) -> None:
+        """Puts the simulator into the last state that is recorded."""
+        with contextlib.suppress(control.PhysicsError), self._env.physics.reset_context():
+            self._env.physics.set_state(self._rows['physics'][-1])
 
     def _record(self, observation, action, reward) -> None:
         row = {

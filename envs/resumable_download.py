@@ -6,7 +6,6 @@ fetch are zip archives, which npz files are, too.
 
 import http.client
 import json
-import os
 import re
 import shutil
 import ssl
@@ -16,6 +15,7 @@ import urllib.request
 import zipfile
 from pathlib import Path
 
+from envs import episode_parts
 from utils.errors import UserError
 from utils.progress import progress_bar
 
@@ -46,6 +46,8 @@ def check_room(folder: Path, needed: int) -> None:
 def fetch(url: str, path: Path, pause: float, kind: str) -> None:
     """Downloads one file, resuming and retrying; its name appears when every byte is there.
 
+    The caller sees to it that no other process fetches the same file.
+
     Args:
         url: of the file.
         path: where it goes; beside it, `<name>.part` and `.part.json` hold an unfinished download.
@@ -72,7 +74,7 @@ def fetch(url: str, path: Path, pause: float, kind: str) -> None:
     if not zipfile.is_zipfile(partial):
         partial.unlink()
         raise UserError(f'{url} is no {kind} (a proxy may have answered in its place); check --base_url')
-    os.replace(partial, path)
+    episode_parts.finish_file(partial, path)
     _validator_path(partial).unlink(missing_ok=True)
 
 

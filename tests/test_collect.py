@@ -274,6 +274,36 @@ def test_two_commands_do_not_make_the_same_file(tmp_path):
     episode_parts.EpisodeParts(tmp_path / NAMES['train'], {}).close()
 
 
+def test_the_parts_of_a_finished_file_are_removed_and_no_others(tmp_path, monkeypatch):
+    target, versions = tmp_path / 'a.npz', {'versions': {'numpy': '1'}}
+    rows = {'observations': np.zeros((3, 28), np.float32)}
+
+    def parts(settings, indices):
+        made = episode_parts.EpisodeParts(target, settings | versions)
+        for index in indices:
+            episode_parts.write_part(made.folder, index, rows)
+        return made
+
+    killed = parts({'seed': 4}, (0, 1))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(episode_parts.shutil, 'rmtree', lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        killed.join(2, {'seed': 4, 'episodes': 2} | versions)  # Killed when the file has its name.
+    assert target.exists() and killed.folder.exists()
+    episode_parts.discard_joined(target)
+    assert killed.folder.exists()  # In use.
+    killed.close()
+    episode_parts.discard_joined(target)
+    assert list(tmp_path.iterdir()) == [target]
+    for settings, indices in (({'seed': 5}, (0,)), ({'seed': 4}, (0, 1, 2))):  # On the way to another file.
+        parts(settings, indices).close()
+        episode_parts.discard_joined(target)
+        assert killed.folder.exists()
+    (killed.folder / 'settings.json').unlink()
+    (killed.folder / '000002.npz').unlink()
+    episode_parts.discard_joined(target)  # The removal itself was cut off.
+    assert list(tmp_path.iterdir()) == [target]
+
+
 @pytest.mark.parametrize('domain', ['cube-double', 'scene', 'puzzle-4x4'])
 def test_play_in_the_other_domains(domain):
     scripted_play = play.ScriptedPlay(f'{domain}-v0')

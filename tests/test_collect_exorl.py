@@ -3,6 +3,8 @@
 Episodes are short, and run in this process where a process of their own is not the point.
 """
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +20,7 @@ from envs import (
     collect_rnd,
     coverage,
     episode_parts,
+    exorl_env,
     exorl_episodes,
     exploration,
     rnd,
@@ -122,12 +125,27 @@ def test_an_interrupted_command_continues(tmp_path, capsys):
     damaged = buffer / f'episode_000002_{STEPS}.npz'
     damaged.write_bytes(damaged.read_bytes()[:900])  # As a power cut might leave it.
     (buffer / f'episode_000003_{STEPS}.npz.99.tmp').write_bytes(b'half an episode')
+    (buffer.parent / '.explorer.msgpack.99.tmp').write_bytes(b'half an explorer')
     capsys.readouterr()
     assert contents(collect(tmp_path)) == whole
     output = capsys.readouterr().out
     assert 'continuing: 2 of 4 episodes are already there' in output
     assert f'{2 * STEPS} transitions in' in output and f'{2 * STEPS} were already there' in output
     assert 'cells visited' in output
+    assert not list(tmp_path.rglob('*.tmp'))
+
+
+def test_files_get_their_names_when_they_are_on_the_disk(tmp_path, monkeypatch):
+    """After a power cut, an episode or a learner that is there is whole."""
+    done = []
+    with monkeypatch.context() as patch:
+        for name in ('fsync', 'replace'):
+            original = getattr(os, name)
+            patch.setattr(os, name, lambda *args, name=name, original=original: (done.append(name), original(*args)))
+        exorl_episodes.write_episode(tmp_path, 0, {'observation': np.zeros((STEPS + 1, 17))})
+        collect_rnd._save(tmp_path / 'buffer', rnd.create(jax.random.key(0), 17, 6), 1, [])
+        exorl_episodes.write_metadata(tmp_path / 'buffer', {})
+    assert done == ['fsync', 'replace'] * 4
 
 
 def test_episodes_of_other_settings_are_in_the_way(tmp_path):
@@ -153,20 +171,43 @@ def test_episodes_of_other_settings_are_in_the_way(tmp_path):
 def test_a_diverged_step_is_taken_again_without_an_action(tmp_path):
     recorder = exploration.EpisodeRecorder('cheetah', 3, tmp_path)
     recorder.start(0, seed=0)
-    recorder.step(np.ones(6))
+    taken = [recorder.step(np.ones(6))[1]]
     recorder._env.physics.data.qvel[:] = 1e12
-    recorder.step(np.ones(6))
-    recorder.step(np.ones(6))
+    taken += [recorder.step(np.ones(6))[1], recorder.step(np.full(6, 2.0))[1]]
     recorder.finish()
     with np.load(tmp_path / 'episode_000000_3.npz') as episode:
         assert all(np.isfinite(episode[name]).all() for name in episode.files)
-        assert episode['action'][1].all() and not episode['action'][2].any() and episode['action'][3].all()
+        np.testing.assert_array_equal(episode['action'][:, 0], [0, 1, 0, 1])
+        np.testing.assert_array_equal(episode['action'][1:], taken)
         env = envs.make_env('cheetah_run')
         env.reset(seed=0)
         with env.physics.reset_context():
             env.physics.set_state(episode['physics'][1])
         env.step(np.zeros(6))
         np.testing.assert_array_equal(env.physics.get_state(), episode['physics'][2])
+
+
+def test_an_episode_that_cannot_be_simulated_any_further_stays_where_it_is(tmp_path):
+    recorder = exploration.EpisodeRecorder('cheetah', 4, tmp_path)
+    for index in range(2):  # The next episode is not concerned.
+        recorder.start(index, seed=index)
+        for step in range(4):
+            if index == 0 and step == 2:
+                recorder._env.physics.data.qvel[:] = 1e12
+                recorder._step_back = lambda: recorder._env.physics.data.qvel.fill(1e12)  # Nor without an action.
+            observation, action = recorder.step(np.full(6, 0.5))
+            assert (
+                action.dtype == observation.dtype == np.float32 and (action == (0.5 if index or step < 2 else 0)).all()
+            )
+        recorder.finish()
+    stuck, whole = (
+        exorl_episodes.read_episode(path, 'cheetah', ('observation', 'action', 'physics'))
+        for path in exorl_episodes.list_episodes(tmp_path)
+    )
+    np.testing.assert_array_equal(stuck['action'][:, 0], [0, 0.5, 0.5, 0, 0])
+    for name in ('observation', 'physics'):
+        np.testing.assert_array_equal(stuck[name][3:], np.stack([stuck[name][2]] * 2))
+        assert len(np.unique(whole[name], axis=0)) == 5 and (stuck[name][1] != stuck[name][2]).any()
 
 
 # --- RND ---
@@ -250,6 +291,15 @@ def test_only_the_predictor_learns_the_random_network(trained):
 
 def test_rnd_continued_equals_uninterrupted(tmp_path, monkeypatch):
     monkeypatch.setattr(rnd, 'RANDOM_TRANSITIONS', 2 * STEPS)  # Of the first round.
+    step = exorl_env.ExORLEnv.step
+
+    def sometimes_diverging(env, action):  # Not without an action, but then from the eighth step on.
+        if (env._steps == 3 and np.any(action)) or env._steps >= 8:
+            env._steps += 1
+            return env._observation.copy(), 0.0, True, False, {}
+        return step(env, action)
+
+    monkeypatch.setattr(exorl_env.ExORLEnv, 'step', sometimes_diverging)
     whole = collect(tmp_path / 'a', 'rnd', episodes=6)
     assert len(contents(whole)) == 6
     history = collect_rnd.json.loads((whole.parent / 'history.json').read_text())
@@ -266,6 +316,64 @@ def test_rnd_continued_equals_uninterrupted(tmp_path, monkeypatch):
     (parts.parent / 'explorer.msgpack').write_bytes(b'damaged')
     with pytest.raises(UserError, match=r'explorer\.msgpack cannot be continued from.*--overwrite'):
         collect(tmp_path / 'b', 'rnd', episodes=8)
+
+
+@pytest.fixture
+def rounds(tmp_path, monkeypatch):
+    """The buffer of three rounds of two episodes; the learner after each is in `explorer.<round>` beside it."""
+    save = collect_rnd._save
+
+    def save_and_keep(buffer, explorer, rounds, history):
+        save(buffer, explorer, rounds, history)
+        shutil.copy(buffer.parent / 'explorer.msgpack', buffer.parent / f'explorer.{rounds}')
+
+    monkeypatch.setattr(rnd, 'RANDOM_TRANSITIONS', 2 * STEPS)
+    monkeypatch.setattr(collect_rnd, '_save', save_and_keep)
+    return collect(tmp_path, 'rnd', episodes=6)
+
+
+def test_finished_episodes_outlive_a_learner_that_is_missing_or_older(rounds, tmp_path):
+    before, learner = contents(rounds), rounds.parent / 'explorer.msgpack'
+    for kept, message in (
+        (None, r'explorer\.msgpack is missing'),
+        (1, r'older copy, which has learnt from 2 episodes'),
+    ):
+        learner.unlink(missing_ok=True)
+        if kept:
+            shutil.copy(rounds.parent / f'explorer.{kept}', learner)
+        with pytest.raises(UserError, match=rf'{message}.*episode_000005_12.*--exorl_dir.*--overwrite') as refused:
+            collect(tmp_path, 'rnd', episodes=6)
+        assert contents(rounds) == before and '\n' not in str(refused.value)
+    shutil.copy(rounds.parent / 'explorer.2', learner)  # It lacks one round, which it makes again.
+    collect(tmp_path, 'rnd', episodes=6)
+    assert contents(rounds) == before
+    learner.unlink()
+    collect(tmp_path, 'rnd', episodes=6, overwrite=True)
+    assert contents(rounds) == before  # Made by the same command on the same machine.
+    for path in rounds.iterdir():
+        path.unlink()
+    with pytest.raises(UserError, match=r'none of the 6 episodes.*put them back.*--overwrite'):
+        collect(tmp_path, 'rnd', episodes=6)
+
+
+def test_rnd_goes_on_without_a_lost_episode_and_makes_up_for_it(rounds, tmp_path, capsys):
+    before = contents(rounds)
+    lost = rounds / f'episode_000001_{STEPS}.npz'
+    lost.write_bytes(lost.read_bytes()[:900])
+    with pytest.raises(UserError, match=r'episode_000001_12\.npz cannot be read.*delete it.*make another in its place'):
+        collect(tmp_path, 'rnd', episodes=6)
+    lost.unlink()
+    capsys.readouterr()
+    collect(tmp_path, 'rnd', episodes=6)
+    output = capsys.readouterr().out
+    assert 'continuing: 5 episodes are already there' in output and '1 more are lost' in output
+    after = contents(rounds)
+    assert sorted(after) == [f'episode_{index:06d}_{STEPS}.npz' for index in (0, 2, 3, 4, 5, 6, 7)]
+    assert {name: after[name] for name in before if name != lost.name} == {
+        name: content for name, content in before.items() if name != lost.name
+    }
+    collect(tmp_path, 'rnd', episodes=6)  # There are enough: nothing is added, nothing lost.
+    assert contents(rounds) == after
 
 
 # --- The commands ---

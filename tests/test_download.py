@@ -5,12 +5,13 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from envs import download_ogbench, resumable_download
+from envs import collect_ogbench, download_ogbench, episode_parts, resumable_download
 from utils.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -31,6 +32,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.validators = True
         self.version = 1
         self.errors = []  # Status codes to answer with first.
+        self.answers = threading.Event()  # It waits for this.
+        self.answers.set()
 
     @property
     def url(self):
@@ -46,6 +49,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         name = self.path.rsplit('/', 1)[-1]
         wanted = self.headers.get('Range')
         server.requests.append((name, wanted))
+        server.answers.wait(600)
         if server.errors:
             return self.send_error(server.errors.pop(0))
         if name not in server.files or not self.path.startswith('/published/'):
@@ -208,6 +212,51 @@ def test_the_command(server, tmp_path):
     result = run('--env_name=cube-single-v0', f'--dataset_dir={tmp_path}', f'--base_url={server.url}/')
     assert result.returncode == 0, result.stderr
     assert contents(tmp_path) == server.files
+
+
+def test_two_processes_do_not_fetch_the_same_file(server, tmp_path):
+    server.answers.clear()
+    arguments = ['--env_name=cube-single-v0', f'--dataset_dir={tmp_path}', f'--base_url={server.url}']
+    first = subprocess.Popen([sys.executable, '-m', 'envs.download_ogbench', *arguments], cwd=ROOT)
+    try:
+        while not server.requests:
+            assert first.poll() is None
+            time.sleep(0.02)
+        with pytest.raises(UserError, match=f'another process is downloading .*{NAMES[0]}'):
+            fetch(server, tmp_path)
+        assert len(server.requests) == 1
+        server.answers.set()
+        assert first.wait(600) == 0
+    finally:
+        server.answers.set()
+        first.kill()
+        first.wait()
+    assert contents(tmp_path) == server.files
+
+
+def test_a_file_that_another_process_has_just_fetched_is_kept(server, tmp_path, monkeypatch):
+    hold = episode_parts.hold
+
+    def hold_late(path, refusal):  # The other one is through with it between the look and the lock.
+        for name in NAMES:
+            (tmp_path / name).write_bytes(server.files[name])
+        return hold(path, refusal)
+
+    monkeypatch.setattr(episode_parts, 'hold', hold_late)
+    fetch(server, tmp_path)
+    assert not server.requests and contents(tmp_path) == server.files
+
+
+@pytest.mark.parametrize('env_name', ['puzzle-4x4-v0', 'visual-cube-double-v0'])
+def test_without_a_connection_every_domain_has_a_command_that_makes_its_data(tmp_path, monkeypatch, env_name):
+    def unplugged(*_):
+        raise resumable_download.Interrupted('out of reach')
+
+    monkeypatch.setattr(resumable_download, 'fetch', unplugged)
+    command = rf'python -m envs\.collect_ogbench --split=pretrain --env_name={env_name} --dataset_dir='
+    with pytest.raises(UserError, match=rf'the same command continues\. .*{command}'):
+        download_ogbench.download(env_name, str(tmp_path))
+    assert env_name in collect_ogbench.COLLECTABLE
 
 
 def test_mistakes_are_one_line(tmp_path):

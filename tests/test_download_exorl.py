@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from envs import convert_exorl, download_exorl, exorl_episodes
+from envs import collect_exorl, convert_exorl, download_exorl, episode_parts, exorl_episodes
 from tests.test_download import server  # noqa: F401 (a fixture)
-from tests.tiny_exorl import SIZES, STEPS, copy_of, raw  # noqa: F401 (a fixture)
+from tests.tiny_exorl import SIZES, STEPS, copy_of, jobs_in_this_process, raw  # noqa: F401 (fixtures)
 from utils.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -63,7 +63,7 @@ def test_an_interrupted_unpacking_is_continued(server, raw, tmp_path, monkeypatc
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(download_exorl.shutil, 'copyfileobj', interrupted)
         fetch(server, tmp_path)
-    assert not (tmp_path / 'cheetah' / 'rnd').exists() and len(server.requests) == 1
+    assert not list((tmp_path / 'cheetah' / 'rnd').iterdir()) and len(server.requests) == 1
     monkeypatch.setattr(download_exorl.shutil, 'copyfileobj', lambda *files: copied.append(copy(*files)))
     buffer = fetch(server, tmp_path)
     assert len(copied) == 10 and len(server.requests) == 1
@@ -117,6 +117,58 @@ def test_collected_episodes_are_not_overwritten(server, raw, tmp_path):
     with pytest.raises(UserError, match='10 episodes that this command did not download; --overwrite'):
         fetch(server, tmp_path)
     assert len(contents(fetch(server, tmp_path, overwrite=True))) == 3
+
+
+def in_the_middle(monkeypatch, action):
+    """Has `action` done when an archive has been fetched and unpacked, but is not in its place."""
+    unpack = download_exorl._unpack
+
+    def interposed(*arguments):
+        count = unpack(*arguments)
+        action()
+        return count
+
+    monkeypatch.setattr(download_exorl, '_unpack', interposed)
+
+
+@pytest.mark.usefixtures('jobs_in_this_process')
+def test_one_process_at_a_time_writes_into_a_folder(server, raw, tmp_path, monkeypatch):
+    server.files['rnd.zip'] = archive_of(raw)
+    refused = []
+
+    def others():
+        for other in (
+            lambda: fetch(server, tmp_path),
+            lambda: collect_exorl.collect('cheetah', 'rnd', 10, 0, 1, str(tmp_path), overwrite=True),
+        ):
+            with pytest.raises(UserError, match='another process is collecting or downloading into') as refusal:
+                other()
+            refused.append(refusal.value)
+
+    in_the_middle(monkeypatch, others)
+    buffer = fetch(server, tmp_path)
+    assert len(refused) == 2 and len(server.requests) == 1
+    assert contents(buffer) == contents(exorl_episodes.buffer_path(raw, 'cheetah', 'rnd'))
+    with (
+        episode_parts.hold(buffer.parent / '.lock', 'a collector'),
+        pytest.raises(UserError, match='another process is collecting or downloading into'),
+    ):
+        fetch(server, tmp_path, overwrite=True)
+    assert len(contents(buffer)) == 10
+
+
+def test_episodes_that_came_meanwhile_are_not_removed(server, raw, tmp_path, monkeypatch):
+    """As where the file system has no locks."""
+    server.files['rnd.zip'] = archive_of(raw, count=3)
+    in_the_middle(monkeypatch, lambda: copy_of(raw, tmp_path))
+    with pytest.raises(UserError, match='10 episodes that this command did not download; --overwrite'):
+        fetch(server, tmp_path)
+    buffer = exorl_episodes.buffer_path(tmp_path, 'cheetah', 'rnd')
+    assert contents(buffer) == contents(exorl_episodes.buffer_path(raw, 'cheetah', 'rnd'))
+    (buffer.parent / 'explorer.msgpack').write_bytes(b'of the collector')
+    monkeypatch.undo()
+    assert len(contents(fetch(server, tmp_path, overwrite=True))) == 3 and len(server.requests) == 1
+    assert {path.name for path in buffer.parent.iterdir()} == {'buffer', 'metadata.json'}
 
 
 def command(module, *arguments):

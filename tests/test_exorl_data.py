@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import envs
-from envs import convert_exorl, data, exorl_episodes
+from envs import convert_exorl, data, episode_parts, exorl_episodes
 from tests.tiny_exorl import SIZES, STEPS, copy_of, episodes_of, jobs_in_this_process, raw  # noqa: F401 (fixtures)
 from utils.errors import UserError
 
@@ -191,6 +191,57 @@ def test_a_bad_episode_is_named(raw, tmp_path, damage, message):
         convert(tmp_path / 'raw', tmp_path / 'data')
     assert '\n' not in str(caught.value)
     assert not (tmp_path / 'data' / 'exorl-cheetah_run-ft.npz').exists() and not list(tmp_path.glob('data/.*'))
+
+
+@pytest.mark.parametrize(
+    ('origin', 'message'),
+    [
+        ({'made_by': 'python -m envs.collect_exorl', 'policy': 'rnd'}, r'delete it\. rnd .*--pretraining_size'),
+        ({'made_by': 'python -m envs.collect_exorl', 'policy': 'ou'}, 'delete it, and fetch or collect it again'),
+        (
+            {'made_by': 'python -m envs.download_exorl'},
+            r'python -m envs\.download_exorl --domain=cheetah --algo=rnd --exorl_dir=.*/raw --overwrite fetches all',
+        ),
+    ],
+)
+def test_what_to_do_about_a_bad_episode_depends_on_where_it_came_from(raw, tmp_path, origin, message):
+    buffer = copy_of(raw, tmp_path / 'raw')
+    exorl_episodes.write_metadata(buffer, origin)
+    shortened(buffer / f'episode_000006_{STEPS}.npz')
+    with pytest.raises(UserError, match=message) as caught:
+        convert(tmp_path / 'raw', tmp_path / 'data')
+    assert '\n' not in str(caught.value)
+
+
+def test_what_to_do_about_too_few_episodes_depends_on_where_they_came_from(raw, tmp_path):
+    buffer = copy_of(raw, tmp_path / 'raw')
+    for index in (3, 6):
+        (buffer / f'episode_{index:06d}_{STEPS}.npz').unlink()
+    collected = {'made_by': 'python -m envs.collect_exorl', 'policy': 'rnd', 'seed': 3, 'num_envs': 2}
+    for origin, message in (
+        (collected, rf'collect_exorl --domain=.* --policy=rnd --seed=3 --num_envs=2 --num_transitions={9 * STEPS}$'),
+        ({'made_by': 'python -m envs.download_exorl'}, 'anew with python -m envs.download_exorl .*--overwrite'),
+        ({}, 'in another --exorl_dir with python -m envs.collect_exorl'),
+    ):
+        exorl_episodes.write_metadata(buffer, origin)
+        with pytest.raises(UserError, match=rf'ask for less \(--pretraining_size={4 * STEPS}\), or .*{message}'):
+            convert(tmp_path / 'raw', tmp_path / 'data')
+    convert(tmp_path / 'raw', tmp_path / 'data', sizes=(4 * STEPS, *SIZES[1:]))
+
+
+def test_one_process_converts_a_domain_and_removes_what_a_killed_one_left(raw, tmp_path):
+    leftover = tmp_path / '.exorl-cheetah_run-ft.npz.99.tmp'
+    leftover.write_bytes(b'half a set')
+    others = tmp_path / '.exorl-walker.npz.99.tmp'
+    others.write_bytes(b'half a set')
+    with (
+        episode_parts.hold(tmp_path / '.exorl-cheetah.lock', 'mine'),
+        pytest.raises(UserError, match='another process is converting episodes of cheetah'),
+    ):
+        convert(raw, tmp_path)
+    assert leftover.exists()
+    paths = convert(raw, tmp_path)
+    assert set(tmp_path.iterdir()) == {*paths, others}
 
 
 @pytest.mark.parametrize(('steps', 'message'), [(4, '4 steps, where episode_000000_6.npz has 6'), (1, '1 steps; 2')])
