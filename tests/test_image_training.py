@@ -86,7 +86,7 @@ def test_an_update_on_images_is_the_same_from_the_host():
 def test_a_frame_is_in_memory_once():
     """From file to trained agent: at most 1.15 times the pixels a frame; a second copy would make it 2."""
     frames = 16_000
-    peaks = [image_memory.measure(n, 'infom', 'device') for n in (image_memory.SMALL_FRAMES, frames)]
+    peaks = [image_memory.measure(n, 'iql', 'device') for n in (image_memory.SMALL_FRAMES, frames)]
     each = image_memory.per_frame(*peaks, frames - image_memory.SMALL_FRAMES)
     assert 0.5 < each['host_bytes'] / image_memory.FRAME_BYTES < 1.15
 
