@@ -215,16 +215,21 @@ def test_layer_norm_of_the_critic_alone():
         assert bool(norms(agent, 'critic')) == (field if critic is None else critic)
 
 
-def test_weight_decay_of_critic_and_field():
-    agent, batch = make_case(critic_weight_decay=0.5, vector_field_weight_decay=0.25)
-    plain, _ = make_case()
-    decayed, full = finetune(agent, batch), finetune(plain, batch)
-    for name, decay in (('critic', 0.5), ('vector_field', 0.25), ('actor', 0.0)):
-        jax.tree.map(
-            lambda ours, other, start, decay=decay: np.testing.assert_allclose(
-                ours, other - agent.config.lr * decay * start, rtol=1e-4, atol=1e-7
-            ),
-            decayed.params[name],
-            full.params[name],
-            plain.params[name],
-        )
+def test_weight_decay_of_each_module():
+    """Each by its module's own learning rate, and less at a lower rate of all."""
+    schedule = {'stabilizer_steps': 100, 'actor_lr': 2e-3}
+    plain, _ = make_case('cosine', **schedule)
+    decays = {'critic': 0.5, 'vector_field': 0.25, 'actor': 0.75, 'reward': 0.0}
+    agent, batch = make_case('cosine', **schedule, **{f'{name}_weight_decay': decay for name, decay in decays.items()})
+    for step, scale in ((0, 1.0), (50, 0.5)):
+        decayed, full = (finetune(at_step(each, step), batch) for each in (agent, plain))
+        for name, decay in decays.items():
+            shrinkage = scale * (2e-3 if name == 'actor' else agent.config.lr) * decay
+            jax.tree.map(
+                lambda ours, other, start, shrinkage=shrinkage: np.testing.assert_allclose(
+                    ours, other - shrinkage * start, rtol=1e-4, atol=1e-7
+                ),
+                decayed.params[name],
+                full.params[name],
+                plain.params[name],
+            )
