@@ -128,13 +128,13 @@ def score_runs(directory: Path, num_states: int, dataset_dir: str | None = None)
 def main(argv):
     directory = Path(argv[1]).expanduser()
     output = Path(FLAGS.output).expanduser() if FLAGS.output else directory / 'results'
+    require_writable(output)
     rows, units, left_out = score_runs(directory, FLAGS.num_states, FLAGS.dataset_dir)
     for reason in left_out:
         print(f'left out: {reason}', file=sys.stderr)
     if len(units) > 1:
         print('Mind: these distances are of several held-out files or in several units:', file=sys.stderr)
         print('\n'.join(sorted(units)), file=sys.stderr)
-    require_writable(output)
     write_csv(output / 'occupancy.csv', COLUMNS, rows)
     draw(rows, output / 'occupancy.png')
     print(table(rows))

@@ -216,13 +216,6 @@ def _check_shapes(arrays, dataset: str) -> dict[str, tuple[int, ...]]:
             f'{dataset}: next_observations have shape {shapes["next_observations"]}, observations '
             f'{shapes["observations"]}; expected the same'
         )
-    cut_off = [name for name in CUT_OFFS if name in shapes]
-    if cut_off and 'next_observations' not in shapes:
-        raise UserError(
-            f'{dataset}: it holds {" and ".join(cut_off)}, so its rows look like transitions, whose final states are '
-            'missing: add next_observations, or, if the last row of each episode is its final state, leave '
-            f'{" and ".join(cut_off)} out'
-        )
     return shapes
 
 
@@ -269,6 +262,16 @@ def _read_ends(arrays, dataset: str) -> tuple[np.ndarray, np.ndarray | None]:
     if not names:
         return terminals, None
     cut_off = np.logical_or.reduce([arrays[name][()].astype(bool) for name in names])
+    if 'next_observations' not in arrays:
+        if (cut_off & ~terminals).any():
+            raise UserError(
+                f'{dataset}: episodes end where {" or ".join(names)} are true and terminals are not, so its rows look '
+                'like transitions, whose final states are missing: add next_observations, or, if the last row of each '
+                'episode is its final state, mark it in terminals'
+            )
+        return terminals, None
+    if (terminals == cut_off).all():  # Nothing but limits.
+        return terminals, np.ones(len(terminals), np.float32)
     if 'rewards' in arrays and 'masks' not in arrays and cut_off.any() and terminals[cut_off].all():
         raise UserError(
             f'{dataset}: terminals are true wherever {" or ".join(names)} are, so they do not tell where the task '

@@ -21,7 +21,7 @@ from utils.run_config import OPERATIONAL_FLAGS, flag_fields
 
 # Flags that say where a run goes and how it is watched: no part of its name.
 NOT_IN_NAME = OPERATIONAL_FLAGS - {'restore_path'} | {'env_name', 'agent', 'seed', 'num_seeds', 'log_interval'}
-NUMBER = re.compile(r'[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+')  # YAML takes 1e-3 for text.
+FLOAT = re.compile(r'[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+')  # YAML takes 1e-3 for text.
 LONGEST_NAME = 180  # Characters; file systems allow 255, and files beside the run add suffixes.
 
 
@@ -114,7 +114,9 @@ def run_name(flags: Mapping[str, Any]) -> str:
 
 
 def _number(value: Any) -> Any:
-    return float(value) if isinstance(value, str) and NUMBER.fullmatch(value) else value
+    if isinstance(value, str) and value.isdecimal():  # Quoted.
+        return int(value)
+    return float(value) if isinstance(value, str) and FLOAT.fullmatch(value) else value
 
 
 def _written(value: Any) -> str:

@@ -112,6 +112,28 @@ def test_a_whole_run_on_a_mesh_equals_one_on_a_device(tmp_path):
     np.testing.assert_allclose(*returns, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize('how', [('--dataset_location=device', '--eval_async'), ('--dataset_location=host',)])
+def test_one_accelerator_does_the_work_of_a_run(tmp_path, monkeypatch, how):
+    """What was drawn on the host's processor, here the last device, does not keep later work there; from scratch, and
+    from a checkpoint."""
+    accelerator, host = jax.devices()[0], jax.devices()[3]
+    monkeypatch.setattr(batches, 'host_device', lambda: host)
+    used = []
+    train_chunk = training.compile_chunk
+
+    def compile_and_note(agents, *arguments, **options):
+        used.extend(leaf.devices() for leaf in jax.tree.leaves(agents))
+        return train_chunk(agents, *arguments, **options)
+
+    monkeypatch.setattr(training, 'compile_chunk', compile_and_note)
+    settings = '--agent=fb_iql', '--mesh_seeds=1', '--pretraining_steps=8', *how
+    for steps in (8, 16):
+        experiment = run(make_config(tmp_path, *settings, f'--finetuning_steps={steps}'), calls=[])
+        used += [leaf.devices() for leaf in jax.tree.leaves(experiment.agents)]
+    assert experiment.mesh is None
+    assert all(devices_of == {accelerator} for devices_of in used)
+
+
 def test_the_automatic_mesh():
     shapes = {n: devices.make_mesh(n, 256) for n in (1, 2, 3, 6, 8)}
     assert shapes[1] is None, 'one seed takes one device'

@@ -339,6 +339,13 @@ def test_the_pretraining_that_a_run_fine_tunes_stays_the_same(quick, tmp_path):
     with pytest.raises(UserError, match=r'started from .*checkpoints/24, now it is .*shorter/checkpoints/16'):
         finetune(shorter)
     assert finetune(tmp_path / 'nowhere') == started
+    longer = copy_of(quick, tmp_path / 'gone on')
+    shutil.copytree(longer.run_dir / 'checkpoints' / '24', longer.run_dir / 'checkpoints' / '32')
+    shutil.rmtree(longer.run_dir / 'checkpoints' / '48')
+    first = finetune(longer.run_dir / 'checkpoints' / '24', 'from_longer')
+    meta = json.loads((longer.run_dir / 'checkpoints' / '32' / 'meta.json').read_text())
+    (longer.run_dir / 'checkpoints' / '32' / 'meta.json').write_text(json.dumps(meta | {'step': 32, 'phase_step': 32}))
+    assert finetune(longer.run_dir, 'from_longer') == first, 'a pre-training that has gone on'
     another_seed = finetune(pretrain('seed', '--seed=1'), 'from_seed_1')
     assert another_seed['pretraining'] == started['pretraining'] | {'seed': 1}
     assert finetune(shorter, 'from_shorter')['pretraining']['digest'] != started['pretraining']['digest']

@@ -187,6 +187,8 @@ def test_runs_of_unequal_lengths_compare_at_a_common_one(tmp_path):
     assert [curve.score for curve in collection.curves] == pytest.approx([20, 30, 30])
     assert reason(collection, 'g/shorter') == 'it has 100 fine-tuning updates, fewer than 200'
     assert collection.notes[0] == 'All runs as after 200 fine-tuning updates.'
+    with pytest.raises(UserError, match='g/long: it was not evaluated after 150 fine-tuning updates'):
+        collect(tmp_path, finetuning_steps=150)
     long = next(run for run in collection.runs if run.name == 'g/long')
     assert long.last[2]['evaluation/episode.success'] == 0.3
     results.write_results(collection, tmp_path / 'results.csv', ['*'])
@@ -253,9 +255,11 @@ def test_own_data_in_two_environments_are_never_averaged(tmp_path):
         settings = {'dataset': 'sorting.npz'}
         write_run(tmp_path, f'g/{seed}', {seed: [0.1, 0.2, 0.3]}, env_name=env_name, settings=settings)
     assert {curve.method for curve in collect(tmp_path).curves} == {
-        'InFOM env_name=Sorter-v0',
-        'InFOM env_name=Sorter-v1',
+        'InFOM env_id=Sorter-v0',
+        'InFOM env_id=Sorter-v1',
     }
+    results.write_results(collect(tmp_path), tmp_path / 'results.csv', ['*'])
+    assert [curve.env_name for curve in results.read_results(tmp_path / 'results.csv')] == ['custom-sorting'] * 2
 
 
 def test_what_the_command_line_chose_makes_the_method(tmp_path):

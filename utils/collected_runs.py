@@ -232,6 +232,8 @@ def _read_run(name: str, directory: Path, finetuning_steps: int | None) -> Colle
                 rows[row['seed']].append(row)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f'damaged: config.json or metrics.jsonl lacks or mistakes {error}') from error
+    if finetuning_steps is not None and any(rows[seed] and rows[seed][-1]['step'] != end for seed in seeds):
+        raise UserError(f'it was not evaluated after {finetuning_steps} fine-tuning updates')
     empty = [seed for seed in seeds if not rows[seed]]
     if empty:
         raise UserError(f'no {metric} of seed {empty[0]}: it never evaluated a fine-tuned policy')
@@ -256,7 +258,7 @@ def _settings(config: dict) -> tuple[dict[str, Any], dict[str, Any]]:
     if restored := config.get('start', {}).get('pretraining'):
         values['pretraining'] = restored['digest']
     if config.get('dataset'):  # Elsewhere the task says both.
-        values['env_name'] = config['env_name']
+        values['env_id'] = config['env_name']
     return explicit, values
 
 

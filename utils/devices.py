@@ -71,12 +71,13 @@ def mesh_of(tree) -> Mesh | None:
 
 
 def place(tree, mesh: Mesh | None, *axes: str | None):
-    """The arrays of a pytree on the mesh, their first axes spread over `axes`; on the default device without one.
+    """The arrays of a pytree on the mesh, their first axes spread over `axes`; on the first device without one.
 
     Every process gives the whole arrays.
     """
     if mesh is None:
-        return jax.device_put(tree)
+        # Named, for what is on the host's processor would stay there, and an accelerator's work would follow it.
+        return jax.device_put(tree, jax.local_devices()[0])
     sharding = NamedSharding(mesh, P(*axes))
 
     def spread(x):

@@ -216,8 +216,8 @@ class Experiment:
             done = self._evaluate(overlap=self.phase_step < total)
             if not done and self._stop_signal:
                 self._stop()  # What led here is on disk already.
-            if done and self.phase_step >= total:
-                self._save(keep=True)  # Or the next start would evaluate again.
+            if self.phase_step >= total:
+                self._save(keep=True)  # Or the next start would evaluate again. All processes: they gather the agents.
         processes.wait_for_all()
         self._train('finetuning', total)
 

@@ -232,13 +232,15 @@ def _related(curves: Sequence[Curve], keys: Sequence[str]) -> list[Curve]:
 
 
 def _balanced(curves: Sequence[Curve], setting: str) -> list[Curve]:
-    """The curves whose other settings stand at every value that those with the most values of the setting have: the
-    mean at each value is then over the same."""
+    """The curves whose other settings stand at every value of the setting that most of them do: the mean at each value
+    is then over the same."""
     kept = []
     for task in dict.fromkeys(curve.env_name for curve in curves):
         groups = _alike_but([curve for curve in curves if curve.env_name == task], [setting])
-        widest = max((_values_in(group, [setting]) for group in groups), key=len)
-        kept += [curve for group in groups if _values_in(group, [setting]) == widest for curve in group]
+        of_values = defaultdict(list)
+        for group in groups:
+            of_values[frozenset(_values_in(group, [setting]))] += group
+        kept += of_values[max(of_values, key=lambda values: (len(values), len(of_values[values])))]
     return kept
 
 

@@ -128,17 +128,21 @@ def start_info(path, meta, pretraining_steps):
 def check_start(meta, config, directory):
     """The start of the run in `directory`, from the metadata of its own checkpoint.
 
-    Raises UserError where `--restore_path` now leads to another pre-training; where it leads nowhere, the run has no
-    need of it any more.
+    Raises UserError where `--restore_path` now leads to another pre-training. One that has gone on since is the same,
+    and where there is none any more, the run has no need of it.
     """
     # Checkpoints did not always hold it.
     started = meta.get('start') or json.loads((directory / 'config.json').read_text())['start']
-    if config.restore_path is None:
+    known = started['origin'] == 'scratch' or 'pretraining' in started
+    if config.restore_path is None or not known:
         return started
     try:
         path = checkpoints.resolve(Path(config.restore_path), phase='pretraining')
         now = start_info(path, checkpoints.load_meta(path), config.pretraining_steps)
     except UserError:
+        return started
+    before = [directory / 'checkpoints'] if started['checkpoint'] is None else [Path(started['checkpoint']).parent]
+    if path.resolve().parent in [folder.resolve() for folder in before]:
         return started
     if now['pretraining'] != started.get('pretraining'):
         raise UserError(
