@@ -135,9 +135,10 @@ class HILPIQLAgent(flax.struct.PyTreeNode):
         def represent(observations):
             return self.represent(self.params, observations)[0]
 
-        displacements = common.map_observations(
-            represent, labelled_batch['next_observations']
-        ) - common.map_observations(represent, labelled_batch['observations'])
+        with jax.default_matmul_precision('highest'):  # The cut-off below is that of float32.
+            displacements = common.map_observations(
+                represent, labelled_batch['next_observations']
+            ) - common.map_observations(represent, labelled_batch['observations'])
         # NumPy's cut-off for singular values: below it there is rounding, which would be most of z once it is scaled.
         cutoff = jnp.finfo(displacements.dtype).eps * max(displacements.shape)
         direction = jnp.linalg.lstsq(displacements, labelled_batch['rewards'], rcond=cutoff)[0]

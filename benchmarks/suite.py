@@ -149,9 +149,10 @@ def chosen(entries, only: list[str]) -> list[dict]:
 
 
 def main(_):
-    import jax
-
-    kind = 'cpu' if jax.default_backend() == 'cpu' else 'gpu'
+    # Asked for in a process of its own: some accelerators serve one process at a time.
+    ask = [sys.executable, '-c', 'import jax; print(jax.default_backend())']
+    backend = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.split()[-1]
+    kind = 'cpu' if backend == 'cpu' else 'gpu'
     entries = chosen(ENTRIES[kind], FLAGS.only)
     directory = Path(FLAGS.output)
     runs.require_writable(directory)

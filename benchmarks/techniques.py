@@ -203,6 +203,7 @@ def main(_):
     unknown = sorted(set(FLAGS.only) - set(TECHNIQUES))
     if unknown:
         raise UserError(f'--only={",".join(unknown)}: expected of {", ".join(TECHNIQUES)}')
+    throughput.use_the_precision_of_a_run()
     directory = Path(FLAGS.output)
     runs.require_writable(directory)
     path = directory / 'techniques.jsonl'

@@ -36,6 +36,7 @@ from utils.datasets import Dataset, example_batch
 from utils.flags import avoid_crash_on_images
 from utils.flows import clipping_bounds
 from utils.normalizers import Normalizer
+from utils.run_config import flag_fields
 
 # Agents that have a host loop to be compared with.
 HOST_LOOPS = {'infom': host_loop}
@@ -281,8 +282,13 @@ def table(results) -> str:
     return '\n'.join(lines)
 
 
+def use_the_precision_of_a_run() -> None:
+    jax.config.update('jax_default_matmul_precision', flag_fields()['precision'].default)
+
+
 def main(_):
     values = flags.FLAGS
+    use_the_precision_of_a_run()
     agent, task = agents.resolve(values.agent), envs.task_spec(values.env_name)
     if task.visual:
         avoid_crash_on_images()

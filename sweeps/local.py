@@ -126,8 +126,9 @@ def _start(run: Run, job: int, jobs: int, gpus: Sequence[str]) -> subprocess.Pop
     if gpus:
         environment['CUDA_VISIBLE_DEVICES'] = gpus[job % len(gpus)]
     sharing = -(-jobs // max(len(gpus), 1))
-    if sharing > 1:  # Or the first process on a GPU would take three quarters of its memory.
-        environment.setdefault('XLA_PYTHON_CLIENT_MEM_FRACTION', f'{0.9 / sharing:.2f}')
+    # Or the first process on a GPU would take three quarters of its memory.
+    if sharing > 1 and not environment.keys() & {'XLA_CLIENT_MEM_FRACTION', 'XLA_PYTHON_CLIENT_MEM_FRACTION'}:
+        environment['XLA_PYTHON_CLIENT_MEM_FRACTION'] = f'{0.9 / sharing:.2f}'
     run.directory.mkdir(parents=True, exist_ok=True)
     with open(run.directory / LOG_NAME, 'ab') as log:
         log.write(f'$ {" ".join(run.command())}\n'.encode())

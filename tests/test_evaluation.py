@@ -41,6 +41,8 @@ class Tiny(gymnasium.Env):
         self.steps_after_the_end = 0
         if fault == 'refuse':
             raise UserError('this machine has no simulator')
+        if fault == 'accelerator' and os.environ.get('JAX_PLATFORMS') != 'cpu':
+            raise UserError('an environment written in JAX would take the accelerator')
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -142,6 +144,18 @@ def test_results_are_those_of_the_closed_form_for_every_seed(three_workers):
 def test_results_do_not_depend_on_the_number_of_workers(three_workers, num_workers, environments):
     with Evaluator(make_tiny, num_workers, environments) as evaluator:
         assert evaluate(evaluator) == three_workers[1]
+
+
+def test_workers_leave_accelerators_alone(monkeypatch):
+    """Environments may be written in JAX; the process that trains keeps its own choice."""
+    monkeypatch.setenv('JAX_PLATFORMS', 'cuda,cpu')
+    with Evaluator(functools.partial(Tiny, 'accelerator'), 2) as evaluator:
+        assert evaluator.evaluate_random(seed=0, num_episodes=2)
+    assert os.environ['JAX_PLATFORMS'] == 'cuda,cpu'
+    monkeypatch.delenv('JAX_PLATFORMS')
+    with Evaluator(functools.partial(Tiny, 'accelerator'), 2) as evaluator:
+        assert evaluator.evaluate_random(seed=0, num_episodes=2)
+    assert 'JAX_PLATFORMS' not in os.environ
 
 
 def test_results_equal_a_plain_loop(three_workers):

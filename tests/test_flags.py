@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from ml_collections import FrozenConfigDict
 
 from utils.errors import UserError
-from utils.flags import PHASES, append_xla_flags, avoid_crash_on_images, define_flags, resolve_settings
+from utils.flags import PHASES, append_xla_flags, avoid_crash_on_images, define_flags, resolve_settings, with_host
 from utils.intervals import fit_intervals, largest_divisor
 from utils.run_config import OPERATIONAL_FLAGS, flag_fields
 
@@ -418,3 +418,9 @@ def test_help_lists_the_flags_of_the_run_and_of_the_agent(run):
 
 def test_operational_flags_are_flags():
     assert flag_fields().keys() >= OPERATIONAL_FLAGS
+
+
+def test_the_hosts_processor_is_there_beside_an_accelerator():
+    """JAX_PLATFORMS=cuda alone would leave no place to draw batches on."""
+    expected = {'cuda': 'cuda,cpu', 'tpu,cpu': 'tpu,cpu', 'cpu': 'cpu', '': '', None: None}
+    assert {platforms: with_host(platforms) for platforms in expected} == expected

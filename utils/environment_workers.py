@@ -182,17 +182,23 @@ def _tell(pipe, kind: str, message: str) -> None:
 
 @contextlib.contextmanager
 def spawning() -> Iterator[None]:
-    """Starts worker processes light: without the entry point's imports and without a thread pool for BLAS in each.
+    """Starts worker processes light: without the entry point's imports, without a thread pool for BLAS in each, and,
+    should an environment be written in JAX, without a share of the accelerator's memory.
 
     `spawn` makes children import the parent's main script, hence jax, unless there is none to be found.
     """
     main = sys.modules['__main__']
     limits = {name: '1' for name in ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS') if name not in os.environ}
+    limits['JAX_PLATFORMS'] = 'cpu'
+    before = {name: os.environ.get(name) for name in limits}
     sys.modules['__main__'] = types.ModuleType('__main__')
     os.environ.update(limits)
     try:
         yield
     finally:
         sys.modules['__main__'] = main
-        for name in limits:
-            del os.environ[name]
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

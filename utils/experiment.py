@@ -209,8 +209,9 @@ class Experiment:
             self.offset, self.phase, self.phase_step = self.phase_step, 'finetuning', 0
             keys = training.stream_keys(self.seeds, 'begin_finetuning')
             # Drawn on the host: once, and the data set may be larger than the device.
-            labelled, own_normalizer = batches.on_host(self._data[1]), self.config.obs_norm_per_split
-            self.agents = training.begin_finetuning(self.agents, labelled, keys, own_normalizer)
+            self.agents = training.begin_finetuning(
+                self.agents, batches.on_host(self._data[1]), keys, self.config.obs_norm_per_split
+            )
             self._evaluation_due = True
         if self._evaluation_due:
             done = self._evaluate(overlap=self.phase_step < total)
@@ -291,6 +292,8 @@ class Experiment:
         """The training set where `--dataset_location` wants it."""
         dataset, n = self._data[1], self.config.chunk_size
         location = batches.choose_location(dataset, self.config.dataset_location)
+        if processes.agree(int(location == 'host')):  # Not every process may have the same device.
+            location = 'host'
         logging.info('%s: batches are drawn from data on the %s', phase, location)
         if location == 'device':
             self._data = (phase, None, self._data[2])  # The host's copy has served.

@@ -206,13 +206,15 @@ def set_up_jax(config: RunConfig) -> RunConfig:
         avoid_crash_on_images()
     import jax
 
+    if with_host(jax.config.jax_platforms) != jax.config.jax_platforms:
+        jax.config.update('jax_platforms', with_host(jax.config.jax_platforms))
     if config.distributed:
         from utils import processes
 
         processes.join(config.coordinator_address, config.num_processes, config.process_id)
     jax.config.update('jax_default_matmul_precision', config.precision)
     if config.compilation_cache:
-        _use_compilation_cache()
+        _use_compilation_cache(config.distributed)
     if config.chunk_size:
         return config
     backend = jax.default_backend()
@@ -220,6 +222,11 @@ def set_up_jax(config: RunConfig) -> RunConfig:
     chunk_size = largest_divisor(config.log_interval, config.block, 100 if backend == 'cpu' else 1_000)
     sources = config.sources | {'chunk_size': f'chosen for this device ({backend})'}
     return dataclasses.replace(config, chunk_size=chunk_size, sources=sources)
+
+
+def with_host(platforms: str | None) -> str | None:
+    """JAX_PLATFORMS with the host's processor in it, on which batches are drawn and policies may act, too."""
+    return f'{platforms},cpu' if platforms and 'cpu' not in platforms.split(',') else platforms
 
 
 def avoid_crash_on_images() -> None:
@@ -236,11 +243,17 @@ def append_xla_flags(options: str) -> None:
         os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {options}'.strip()
 
 
-def _use_compilation_cache() -> None:
-    """Keeps compiled programs on disk. A folder that cannot be written costs a warning, never the run."""
+def _use_compilation_cache(distributed: bool) -> None:
+    """Keeps compiled programs on disk. A folder that cannot be written costs a warning, never the run.
+
+    Processes of one run must find the same programs, or those that compile wait for those that do not: they share a
+    folder only where JAX_COMPILATION_CACHE_DIR names one.
+    """
     import jax
 
     if jax.config.jax_compilation_cache_dir is None:
+        if distributed:
+            return
         cache = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser() / 'infom' / 'xla' / _processor()
         try:
             cache.mkdir(parents=True, exist_ok=True)

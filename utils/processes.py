@@ -9,6 +9,7 @@ import itertools
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 from jax.experimental import multihost_utils
 
 from utils.errors import ProcessLost, UserError
@@ -76,6 +77,7 @@ def explain(error: BaseException | None, checkpoint) -> None:
     ours = isinstance(error, jax.errors.JaxRuntimeError) and 'RESOURCE_EXHAUSTED' not in str(error)
     if not ours or jax.process_count() == 1:
         return
+    logging.error('process %d: %s', jax.process_index(), error, exc_info=error)  # It may be this device's own.
     start = 'nothing was saved yet' if checkpoint is None else f'the last checkpoint is {checkpoint}'
     raise ProcessLost(
         f'process {jax.process_index()} of {jax.process_count()} lost touch with the others and ends; {start}, from '

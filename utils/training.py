@@ -276,7 +276,8 @@ def make_policy(agents, normalizer, seeds, temperature: float = 0.0):
 
     At temperature 0 the actions are modes and the key plays no part.
     """
-    keys = jax.device_put(stream_keys(seeds, 'act'), _device_of(agents))
+    # Once, not at every step: what came from a mesh is in the host's memory.
+    agents, keys = jax.device_put((agents, stream_keys(seeds, 'act')), _device_of(agents))
 
     def policy(observations):
         return jax.device_get(_act(agents, keys, normalizer(observations), temperature))
