@@ -160,9 +160,12 @@ def sensitivity_panels(agent: str, panels: Sequence[tuple[str, list[Curve]]]):
         axis.set_xlabel(setting.removeprefix('agent.'))
         axis.set_ylabel(unit)
         values = sorted({curve.settings[setting] for curve in curves})
+        places = np.array(values, np.float64)
         if values[0] > 0 and values[-1] / values[0] >= 8:
             axis.set_xscale('log')
-        axis.set_xticks(values, [f'{value:g}' for value in values])
+            places = np.log(places)
+        close = len(values) > 1 and np.diff(places).min() < 0.15 * (places[-1] - places[0])
+        axis.set_xticks(values, [f'{value:g}' for value in values], rotation=90 if close else 0)
         axis.minorticks_off()
     figure.suptitle(AGENT_TITLES.get(agent, agent))
     plots.legend(figure, axes)
