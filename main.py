@@ -31,11 +31,11 @@ def make_experiment(phases=('pretraining', 'finetuning')):
         envs.rendering.require_backend()  # Now, not after hours of pre-training.
     # After the flags are checked: these bring JAX in, which takes seconds.
     from envs import custom, data
-    from utils.evaluation import ENVIRONMENTS_PER_WORKER, Evaluator, check_rendering, record_video
+    from utils.evaluation import Evaluator, check_rendering, environments_per_worker, record_video
     from utils.experiment import Experiment
 
     workers = config.eval_workers or len(os.sched_getaffinity(0))
-    places = 1 if task.visual else ENVIRONMENTS_PER_WORKER
+    places = environments_per_worker(task.visual)
     if config.dataset is None:
         make_env = functools.partial(envs.make_env, config.env_name, config.seed, frame_stack=config.frame_stack)
         load_raw = functools.partial(data.load_raw, config.env_name, dataset_dir=config.dataset_dir)
@@ -44,9 +44,9 @@ def make_experiment(phases=('pretraining', 'finetuning')):
         load_raw = functools.partial(custom.load_raw, config.dataset)
         if evaluates:
             make_env().close()  # Its spaces are checked now, not after pre-training.
-        if films:
-            check_rendering(functools.partial(make_env, render_mode='rgb_array'))
     make_rendering_env = functools.partial(make_env, render_mode='rgb_array')
+    if films and config.dataset is not None:
+        check_rendering(make_rendering_env)
     return Experiment(
         config,
         task,

@@ -20,7 +20,7 @@ from absl import flags
 
 import envs
 from utils import cli, presets
-from utils.evaluation import ENVIRONMENTS_PER_WORKER, Evaluator
+from utils.evaluation import ENVIRONMENTS_PER_WORKER, Evaluator, environments_per_worker
 
 FLAGS = flags.FLAGS
 
@@ -68,7 +68,7 @@ def main(_):
     policy = make_policy(FLAGS.env_name, FLAGS.preset)
     frame_stack = presets.resolve('infom', FLAGS.env_name, FLAGS.preset).flags['frame_stack']
     make_env = functools.partial(envs.make_env, FLAGS.env_name, 0, frame_stack=frame_stack)
-    places = 1 if envs.task_spec(FLAGS.env_name).visual else ENVIRONMENTS_PER_WORKER
+    places = environments_per_worker(envs.task_spec(FLAGS.env_name).visual)
     measured = compare(make_env, policy, counts, FLAGS.episodes, FLAGS.repeats, places)
     alone = measured[1][1]
     print(f'{FLAGS.env_name}, {FLAGS.episodes} episodes, {len(os.sched_getaffinity(0))} cores\n')

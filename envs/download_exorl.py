@@ -86,13 +86,8 @@ def _fetch_and_unpack(
     url = f'{base_url.rstrip("/")}/{domain}/{algo}.zip'
     archive_path = folder.with_name(f'{algo}.zip')
     if not archive_path.exists():
-        try:
-            resumable_download.fetch(url, archive_path, pause, 'zip archive')
-        except resumable_download.Interrupted as error:
-            raise UserError(
-                f'{error}; the same command continues. Without a connection, make the same kind of data here: '
-                f'python -m envs.collect_exorl --domain={domain} --policy=rnd --exorl_dir={folder.parent.parent}'
-            ) from None
+        command = f'python -m envs.collect_exorl --domain={domain} --policy=rnd --exorl_dir={folder.parent.parent}'
+        resumable_download.fetch_or_advise(url, archive_path, pause, 'zip archive', command)
         commands.say(f'wrote {archive_path} ({archive_path.stat().st_size / 1e6:.1f} MB)')
     unpacking = folder.with_name(f'.{algo}.unpacking')
     try:

@@ -65,19 +65,13 @@ def download(
         refusal = f'another process is downloading {path}; wait for it, or stop it'
         with episode_parts.held(path.with_name(f'.{path.name}.lock'), refusal):
             if not _is_there(path, overwrite):  # Another process may have been at the end of it.
-                _fetch(f'{base_url.rstrip("/")}/{path.name}', path, env_name, pause)
+                url = f'{base_url.rstrip("/")}/{path.name}'
+                command = (
+                    f'python -m envs.collect_ogbench --split=pretrain --env_name={env_name} --dataset_dir={path.parent}'
+                )
+                resumable_download.fetch_or_advise(url, path, pause, 'npz file', command)
+                print(f'wrote {path} ({path.stat().st_size / 1e6:.1f} MB)', flush=True)
     return paths
-
-
-def _fetch(url: str, path: Path, env_name: str, pause: float) -> None:
-    try:
-        resumable_download.fetch(url, path, pause, 'npz file')
-    except resumable_download.Interrupted as error:
-        raise UserError(
-            f'{error}; the same command continues. Without a connection, make the same kind of data here: '
-            f'python -m envs.collect_ogbench --split=pretrain --env_name={env_name} --dataset_dir={path.parent}'
-        ) from None
-    print(f'wrote {path} ({path.stat().st_size / 1e6:.1f} MB)', flush=True)
 
 
 def _is_there(path: Path, overwrite: bool) -> bool:

@@ -43,6 +43,16 @@ def check_room(folder: Path, needed: int) -> None:
         raise UserError(f'{folder} has {free / 1e9:.2f} GB free; {needed / 1e9:.2f} GB more are needed')
 
 
+def fetch_or_advise(url: str, path: Path, pause: float, kind: str, command: str) -> None:
+    """`fetch`, but a server that stays out of reach is a UserError, too, with the command that makes such data here."""
+    try:
+        fetch(url, path, pause, kind)
+    except Interrupted as error:
+        raise UserError(
+            f'{error}; the same command continues. Without a connection, make the same kind of data here: {command}'
+        ) from None
+
+
 def fetch(url: str, path: Path, pause: float, kind: str) -> None:
     """Downloads one file, resuming and retrying; its name appears when every byte is there.
 

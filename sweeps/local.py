@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sweeps.sweep_files import NOT_IN_NAME, Run
+from sweeps.sweep_files import Run
 from utils.errors import UserError, last_line
 from utils.run_config import OPERATIONAL_FLAGS, flag_fields
 from utils.run_status import FINISHED, read_json, run_status
@@ -50,9 +50,7 @@ def already_done(run: Run) -> bool:
     for name, value in run.flags.items():
         if name.startswith('agent.'):
             there = config['agent'].get(name.removeprefix('agent.'))
-        elif name in ('env_name', 'seed', 'num_seeds') or (
-            name in flag_fields() and name not in NOT_IN_NAME | OPERATIONAL_FLAGS
-        ):
+        elif name in flag_fields() and name not in OPERATIONAL_FLAGS | {'log_interval'}:
             there = config.get(name)
         else:
             continue

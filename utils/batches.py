@@ -65,8 +65,6 @@ class HostBatches:
     def _fetch(self, start):
         with jax.default_device(host_device()):
             drawn = self._draw(start, to_next_multiple(start, self.n))
-        if self._mesh is None:
-            return jax.block_until_ready(jax.device_put(drawn, jax.local_devices()[0]))
         return jax.block_until_ready(devices.place(drawn, self._mesh, 'seed', None, 'batch'))
 
     def chunk(self, start: int):

@@ -274,6 +274,11 @@ def record_video(
     return (count, *shape)
 
 
+def environments_per_worker(visual: bool) -> int:
+    """Environments that a worker of a run steps: one where each has a renderer."""
+    return 1 if visual else ENVIRONMENTS_PER_WORKER
+
+
 def check_rendering(make_env: Callable[[], Any]) -> None:
     """Raises UserError where an environment cannot be made, or gives no picture after its first reset."""
     with _explaining_rendering(), contextlib.closing(make_env()) as env:

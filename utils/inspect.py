@@ -8,7 +8,6 @@ is in docs/inspect.md. The parts of the page are in `inspect_parts.py`, the draw
 """
 
 import dataclasses
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -70,6 +69,12 @@ class Look:
             return custom.load_raw(self.task.dataset_env, phase, 'val')
         return data.load_raw(self.task.name, phase, 'val', self.dataset_dir)
 
+    def mind_another_file(self, phase: str, raw: dict, report: Report) -> None:
+        """Says so where the held-out rows of a phase are not those that the run was validated on."""
+        recorded = self.config['data'].get(f'{phase}/val')
+        if recorded is not None and recorded['fingerprint'] != raw['source']['fingerprint']:
+            report.text(f'Mind: {raw["source"]["file"]} is not the file that this run was validated on.')
+
     def make_dataset(self, raw: dict, normalizer=None):
         """Rows as the agent sees them, on the device; by the normaliser of the newest checkpoint if none is given."""
         import jax
@@ -100,9 +105,8 @@ class Look:
         with others of the same. meta: the checkpoint's metadata."""
         if self.task.visual:  # Every checkpoint has an encoder, and so a feature space, of its own.
             return f'features of {self.directory} at step {meta["step"]}'
-        normalizer = hashlib.sha256(json.dumps(meta['normalizer'], sort_keys=True).encode()).hexdigest()[:8]
         source = self.raw['source']
-        return f'{source["file"]} ({source["fingerprint"][:8]}), normaliser {normalizer}'
+        return f'{source["file"]} ({source["fingerprint"][:8]}), normaliser {runs.digest(meta["normalizer"])}'
 
     def score_occupancy(self, key, num_states: int, num_samples: int):
         """Yields (metadata, `occupancy.occupancy_report`) of every kept checkpoint on the held-out rows, oldest first.
@@ -181,9 +185,7 @@ def introduce(look: Look, meta: dict, report: Report) -> None:
         f'{meta["phase"]} (kept checkpoints: {steps}). Held-out states: {len(look.raw["terminals"])} rows in '
         f'{int(look.raw["terminals"].sum())} episodes of {look.raw["source"]["file"]}, which no update has seen.'
     )
-    recorded = look.config['data'].get(f'{look.phase}/val')
-    if recorded is not None and recorded['fingerprint'] != look.raw['source']['fingerprint']:
-        report.text(f'Mind: {look.raw["source"]["file"]} is not the file that this run was validated on.')
+    look.mind_another_file(look.phase, look.raw, report)
 
 
 def configure(look: Look, report: Report) -> None:

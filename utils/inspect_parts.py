@@ -321,9 +321,7 @@ def values(look, report):
         report.text('Left out: before fine-tuning there is no reward, hence neither a trained critic nor R.')
         return
     raw = look.load_raw('finetuning')
-    recorded = look.config['data'].get('finetuning/val')
-    if recorded is not None and recorded['fingerprint'] != raw['source']['fingerprint']:
-        report.text(f'Mind: {raw["source"]["file"]} is not the file that this run was validated on.')
+    look.mind_another_file('finetuning', raw, report)
     dataset = look.make_dataset(raw)
     start, end = most_varied_episode(raw['rewards'], np.asarray(dataset.starts), np.asarray(dataset.ends))
     rewards, masks = raw['rewards'][start:end], raw['masks'][start:end]  # The last row holds no action.

@@ -1,11 +1,10 @@
 """Whether a checkpoint, or a run directory, belongs to what was asked for. Reads and compares; loads and writes
 nothing."""
 
-import hashlib
 import json
 from pathlib import Path
 
-from utils import checkpoints
+from utils import checkpoints, runs
 from utils.errors import UserError
 from utils.run_config import OPERATIONAL_FLAGS
 
@@ -116,12 +115,11 @@ def start_info(path, meta, pretraining_steps):
     if path is None:
         return {'origin': 'scratch', 'checkpoint': None, 'steps_before': 0}
     known = [meta['agent_name'], meta['agent_config'], meta['data'], meta['normalizer'], meta['step']]
-    digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:8]
     return {
         'origin': '--restore_path',
         'checkpoint': str(path),
         'steps_before': max(0, meta['step'] - pretraining_steps),
-        'pretraining': {'digest': digest, 'seed': meta['seed'], 'step': meta['step']},
+        'pretraining': {'digest': runs.digest(known), 'seed': meta['seed'], 'step': meta['step']},
     }
 
 
@@ -141,10 +139,8 @@ def check_start(meta, config, directory):
         now = start_info(path, checkpoints.load_meta(path), config.pretraining_steps)
     except UserError:
         return started
-    before = [directory / 'checkpoints'] if started['checkpoint'] is None else [Path(started['checkpoint']).parent]
-    if path.resolve().parent in [folder.resolve() for folder in before]:
-        return started
-    if now['pretraining'] != started.get('pretraining'):
+    folder = directory / 'checkpoints' if started['checkpoint'] is None else Path(started['checkpoint']).parent
+    if path.resolve().parent != folder.resolve() and now['pretraining'] != started.get('pretraining'):
         raise UserError(
             f'{directory} holds a run that started from {started["checkpoint"] or "scratch"}, now it is {path}: '
             'use another --run_name, or the same --restore_path'

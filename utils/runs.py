@@ -5,6 +5,7 @@ Checkpoints are in checkpoints.py, wandb is in wandb_sink.py. What is logged, an
 
 import contextlib
 import csv
+import hashlib
 import importlib.metadata
 import json
 import logging
@@ -142,6 +143,11 @@ def write_json(path: str | os.PathLike, content: Any) -> None:
     text = json.dumps(_plain(content), indent=2, allow_nan=False) + '\n'
     with atomic_path(path) as temporary:
         temporary.write_text(text)
+
+
+def digest(content: Any) -> str:
+    """Eight hexadecimal digits that tell JSON-able content apart, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
 
 
 class MetricsLog:
