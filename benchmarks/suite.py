@@ -41,14 +41,18 @@ ENTRIES = {
     ],
     'gpu': [
         *({'agent': 'infom', 'num_seeds': n, 'updates': 500, 'finetuning_updates': 200} for n in (1, 4, 8, 16)),
+        *(
+            {'agent': 'infom', 'num_seeds': n, 'precision': 'bfloat16', 'updates': 500, 'finetuning_updates': 200}
+            for n in (1, 8)
+        ),
         *({'agent': agent, 'updates': 500, 'finetuning_updates': 200} for agent in BASELINES),
         {
             'agent': 'infom', 'env_name': f'visual-{CUBE}', 'rows': 20_000, 'updates': 100, 'finetuning_updates': 40,
         },
     ],
 }  # fmt: skip
-COLUMNS = ('agent', 'shapes', 'preset', 'batch', 'seeds', 'phase', 'ms/update', 'seed-updates/s', 'compile s', 'GFLOP',
-           'of matmul', 'MB', 'host loop ÷ ours')  # fmt: skip
+COLUMNS = ('agent', 'shapes', 'preset', 'batch', 'seeds', 'precision', 'phase', 'ms/update', 'seed-updates/s',
+           'compile s', 'GFLOP', 'of matmul', 'MB', 'host loop ÷ ours')  # fmt: skip
 
 
 def command(entry) -> list[str]:
@@ -69,7 +73,7 @@ def place(report) -> tuple:
     return report['device'], report['processor'], report['cores']
 
 
-def same_place(report, other, entry=('agent', 'env_name', 'preset', 'batch_size', 'num_seeds')) -> bool:
+def same_place(report, other, entry=('agent', 'env_name', 'preset', 'batch_size', 'num_seeds', 'precision')) -> bool:
     """Whether two lines are of one entry on one machine; `entry`: the keys that tell entries apart."""
     return place(report) == place(other) and all(report[key] == other[key] for key in entry)
 
@@ -85,7 +89,7 @@ def rows(report) -> list[list[str]]:
         share = f'{values["matmul_share"]:.0%}' if 'matmul_share' in values else ''
         table.append([
             report['agent'], 'images' if report['env_name'].startswith('visual-') else 'states', report['preset'],
-            str(report['batch_size']), str(report['num_seeds']), name,
+            str(report['batch_size']), str(report['num_seeds']), report['precision'], name,
             f'{values["ms"]:.1f}', f'{values["seed_updates_per_second"]:.1f}',
             f'{values["compile_seconds"]:.1f}', f'{values.get("gflop", 0):.2f}', share,
             f'{values.get("megabytes", 0):.0f}', ratio,
@@ -101,7 +105,8 @@ def markdown(reports) -> str:
         'Written by `python -m benchmarks.suite` (`make bench`): synthetic data of the task’s shapes, median over',
         'turns. GFLOP: arithmetic of the matrix products in one update of one seed. Of matmul: that arithmetic over',
         'the time, as a share of the rate of plain matrix products (256 × 512 by 512 × 512) in the same run. MB: the',
-        'program with its data. Last column: time of the plain host loop over ours, median and range over pairs.',
+        'program with its data. Precision: of an accelerator’s matrix products; a CPU’s are always float32. Last',
+        'column: time of the plain host loop over ours, median and range over pairs.',
     ]
     for machine in dict.fromkeys(map(place, reports)):
         here = [report for report in reports if place(report) == machine]

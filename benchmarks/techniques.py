@@ -28,12 +28,12 @@ from tqdm import tqdm
 import agents
 from agents import infom
 from benchmarks import suite, throughput
-from utils import cli, networks, processor, runs, training
+from utils import cli, devices, networks, processor, runs, training
 from utils.errors import UserError
 
 FLAGS = flags.FLAGS
 
-ENTRY = 'technique', 'preset', 'env_name'  # What tells two lines of one machine apart.
+ENTRY = 'technique', 'preset', 'env_name', 'precision'  # What tells two lines of one machine apart.
 
 
 # ------------------------------------------------------------------------------------------------------- plain forms
@@ -174,14 +174,14 @@ def markdown(reports) -> str:
         'Written by `python -m benchmarks.techniques`: InFOM, time of an update without the technique over the time',
         'with it, median and range over pairs of turns. Above 1 it pays.',
     ]
-    kinds = [(*suite.place(report), report['preset'], report['env_name']) for report in reports]
+    kinds = [(*suite.place(report), report['preset'], report['env_name'], report['precision']) for report in reports]
     for kind in dict.fromkeys(kinds):
         here = [report for report, its_kind in zip(reports, kinds, strict=True) if its_kind == kind]
-        device, processor_name, cores, preset, env_name = kind
+        device, processor_name, cores, preset, env_name, precision = kind
         versions = ', '.join(f'{name} {version}' for name, version in here[0]['versions'].items())
         lines += [
             '',
-            f'## {device}: {cores} cores of {processor_name}, preset {preset}, {env_name}',
+            f'## {device}: {cores} cores of {processor_name}, preset {preset}, {env_name}, {precision}',
             '',
             f'{", ".join(sorted({report["date"] for report in here}))}; {versions}.',
             '',
@@ -203,7 +203,7 @@ def main(_):
     unknown = sorted(set(FLAGS.only) - set(TECHNIQUES))
     if unknown:
         raise UserError(f'--only={",".join(unknown)}: expected of {", ".join(TECHNIQUES)}')
-    throughput.use_the_precision_of_a_run()
+    devices.set_matmul_precision(FLAGS.precision)
     directory = Path(FLAGS.output)
     runs.require_writable(directory)
     path = directory / 'techniques.jsonl'
@@ -218,7 +218,8 @@ def main(_):
 
     for name in tqdm(FLAGS.only or TECHNIQUES, desc='techniques', unit='technique'):
         measured = measure(TECHNIQUES[name], problem, updates, FLAGS.repeats, ours)
-        report = {'technique': name, 'preset': FLAGS.preset, 'env_name': FLAGS.env_name, **measured, **about}
+        settings = {setting: getattr(FLAGS, setting) for setting in ('preset', 'env_name', 'precision')}
+        report = {'technique': name, **settings, **measured, **about}
         reports = [other for other in reports if not suite.same_place(report, other, ENTRY)] + [report]
         suite.write(path, reports, 'techniques.md', markdown(reports))
     print(markdown(reports))

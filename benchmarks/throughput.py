@@ -31,7 +31,7 @@ from tqdm import tqdm
 import agents
 import envs
 from benchmarks import arithmetic, host_loop
-from utils import cli, presets, training
+from utils import cli, devices, presets, training
 from utils.datasets import Dataset, example_batch
 from utils.flags import avoid_crash_on_images
 from utils.flows import clipping_bounds
@@ -54,6 +54,8 @@ flags.DEFINE_integer(
 flags.DEFINE_integer('repeats', 7, 'turns of each loop in each phase', lower_bound=1)
 flags.DEFINE_integer('rows', 100_000, 'rows of the synthetic data', lower_bound=10)
 flags.DEFINE_integer('num_seeds', 1, 'seeds trained side by side', lower_bound=1)
+PRECISION = flag_fields()['precision']
+flags.DEFINE_enum('precision', PRECISION.default, PRECISION.metadata['choices'], PRECISION.metadata['help'])
 flags.DEFINE_integer('batch_size', None, "rows of a batch instead of the preset's", lower_bound=1)
 
 
@@ -282,16 +284,12 @@ def table(results) -> str:
     return '\n'.join(lines)
 
 
-def use_the_precision_of_a_run() -> None:
-    jax.config.update('jax_default_matmul_precision', flag_fields()['precision'].default)
-
-
 def main(_):
     values = flags.FLAGS
-    use_the_precision_of_a_run()
     agent, task = agents.resolve(values.agent), envs.task_spec(values.env_name)
     if task.visual:
         avoid_crash_on_images()
+    devices.set_matmul_precision(values.precision)
     about = machine()
     problem = make_problem(agent, values.env_name, values.preset, values.rows, values.batch_size)
     updates = updates_of_a_turn(problem.config)
@@ -312,10 +310,11 @@ def main(_):
     print(
         f'{agent}, preset {values.preset}, {values.env_name}: {shapes["observations"]} observation and '
         f'{shapes["actions"]} action dimensions, batch {problem.config.batch_size}, {values.num_seeds} seed(s) side by '
-        f'side, {values.repeats} turns\n{about["cores"]} cores of {about["processor"]}, load {about["load_average"]}; '
+        f'side, {values.precision}, {values.repeats} turns\n'
+        f'{about["cores"]} cores of {about["processor"]}, load {about["load_average"]}; '
         f'matrix products at {max(rates):.0f} GFLOP/s on {about["device"]}\n\n{table(results)}\n'
     )
-    report = {name: getattr(values, name) for name in ('preset', 'env_name', 'num_seeds', 'repeats')}
+    report = {name: getattr(values, name) for name in ('preset', 'env_name', 'num_seeds', 'precision', 'repeats')}
     report |= {'agent': agent, 'batch_size': problem.config.batch_size, 'matmul_gflops': round(max(rates), 1)}
     for phase, result in results.items():
         report.update({f'{JSON_PREFIX[phase]}_{name}': round(value, 4) for name, value in result.items()})

@@ -54,3 +54,10 @@ def release_programs():
     yield
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture
+def precision_as_before():
+    before = jax.config.jax_default_matmul_precision
+    yield
+    jax.config.update('jax_default_matmul_precision', before)

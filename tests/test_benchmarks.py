@@ -116,7 +116,7 @@ def test_host_batches_stay_inside_episodes():
 
 def test_the_command_prints_a_line_of_json():
     command = [sys.executable, '-m', 'benchmarks.throughput', '--agent=infom', '--preset=smoke']
-    command += ['--updates=2', '--finetuning_updates=3', '--repeats=2', '--rows=2000']
+    command += ['--precision=bfloat16', '--updates=2', '--finetuning_updates=3', '--repeats=2', '--rows=2000']
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout.splitlines()[-1])
@@ -127,7 +127,7 @@ def test_the_command_prints_a_line_of_json():
     for phase in ('pretrain', 'finetune'):  # The share is of the rate that stands beside it.
         reached = report[f'{phase}_gflop'] * report[f'{phase}_seed_updates_per_second']
         assert report[f'{phase}_matmul_share'] == pytest.approx(reached / report['matmul_gflops'], abs=2e-3, rel=5e-3)
-    assert report['versions']['jax'] == jax.__version__
+    assert report['versions']['jax'] == jax.__version__ and report['precision'] == 'bfloat16'
 
 
 def test_images_are_measured_without_a_ratio():
@@ -201,19 +201,21 @@ def test_any_agent_is_measured_alone():
 def test_the_suite_keeps_one_line_for_each_entry_and_device(tmp_path):
     report = {
         'date': '2026-01-02', 'device': 'cpu', 'processor': 'P', 'cores': 2, 'agent': 'iql', 'env_name': 'cheetah_run',
-        'preset': 'paper', 'batch_size': 32, 'num_seeds': 1, 'matmul_gflops': 100.0, 'versions': {'jax': '1'},
+        'preset': 'paper', 'batch_size': 32, 'num_seeds': 1, 'precision': 'highest', 'matmul_gflops': 100.0,
+        'versions': {'jax': '1'},
     }  # fmt: skip
     for phase in ('pretrain', 'finetune'):
         report |= {f'{phase}_ms': 2.0, f'{phase}_seed_updates_per_second': 500.0, f'{phase}_compile_seconds': 1.0}
     assert suite.same_place(report, {**report, 'date': '2026-01-03', 'pretrain_ms': 9.0})
     assert not suite.same_place(report, {**report, 'device': 'gpu'})
     assert not suite.same_place(report, {**report, 'num_seeds': 8})
+    assert not suite.same_place(report, {**report, 'precision': 'bfloat16'})
     assert not suite.same_place(report, {**report, 'batch_size': 256})
     reports = [report, {**report, 'device': 'gpu'}]
     suite.write(tmp_path / 'throughput.jsonl', reports, 'README.md', suite.markdown(reports))
     assert suite.read(tmp_path / 'throughput.jsonl') == reports
     text = (tmp_path / 'README.md').read_text()
-    assert text.count('| iql | states | paper | 32 | 1 | pre-training | 2.0 | 500.0 | 1.0 |') == 2
+    assert text.count('| iql | states | paper | 32 | 1 | highest | pre-training | 2.0 | 500.0 | 1.0 |') == 2
     assert '## cpu: 2 cores of P' in text and '## gpu: 2 cores of P' in text
     assert [json.loads(line)['device'] for line in (tmp_path / 'throughput.jsonl').open()] == ['cpu', 'gpu']
 

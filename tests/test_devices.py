@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.tiny import make_agent, make_batch
 from utils import devices
 from utils.errors import UserError
 
@@ -57,10 +58,34 @@ def test_devices_without_work_are_refused_where_there_are_several_processes(monk
         devices.make_mesh(3, 9)
 
 
+@pytest.mark.usefixtures('precision_as_before')
 def test_a_cpu_computes_in_float32_at_every_precision():
     matrix = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
     exact = matrix.astype(np.float64) @ matrix
     for precision in ('highest', 'tensorfloat32', 'bfloat16'):
-        with jax.default_matmul_precision(precision):
-            product = jax.jit(lambda x: x @ x)(matrix)
+        devices.set_matmul_precision(precision)
+        product = jax.jit(lambda x: x @ x)(matrix)
         np.testing.assert_allclose(product, exact, atol=2e-5, err_msg=precision)
+
+
+@pytest.mark.usefixtures('precision_as_before')
+@pytest.mark.parametrize(
+    ('precision', 'asked_for'),
+    [
+        ('highest', 'precision = [HIGHEST, HIGHEST]'),
+        ('tensorfloat32', 'precision = [HIGH, HIGH]'),
+        ('bfloat16', 'lhs_precision_type = bf16, rhs_precision_type = bf16, accumulation_type = f32'),
+    ],
+)
+def test_what_an_update_asks_of_an_accelerator(precision, asked_for, monkeypatch):
+    monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+    devices.set_matmul_precision(precision)
+    batch = make_batch()
+    agent = make_agent(batch)
+    # Made for another platform than this one: what is asked for can be read without the device.
+    update = jax.jit(lambda agent: agent.finetune(batch, jax.random.key(0), update_actor=True)).trace(agent)
+    for platform in ('cuda', 'tpu'):
+        program = update.lower(lowering_platforms=(platform,)).as_text()
+        products = [line for line in program.splitlines() if 'stablehlo.dot_general' in line]
+        assert len(products) > 20
+        assert [line for line in products if asked_for not in line] == [], platform

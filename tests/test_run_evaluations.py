@@ -9,9 +9,10 @@ import pytest
 
 from tests import tiny_agents
 from tests.test_experiment import CountingEvaluator, make_config, make_experiment, run, saved_arrays
-from utils import runs, training
+from utils import devices, runs, training
 from utils.errors import UserError
 from utils.experiment import Experiment
+from utils.run_evaluations import RunEvaluations
 from utils.run_log import interval_lines
 
 # Saved less often than evaluated: some checkpoints fall on an evaluation, some evaluations span a log line.
@@ -154,6 +155,27 @@ def test_a_line_is_the_mean_of_its_chunks_for_each_seed():
         'time/seed_updates_per_second': 100.0,
     }  # fmt: skip
     assert (second['training/loss'], second['validation/loss']) == (20.0, 5.0)
+
+
+@pytest.mark.usefixtures('precision_as_before')
+def test_beside_training_a_policy_acts_in_float32(monkeypatch):
+    class Product:
+        """Of two vectors: a CPU has no such product by an accelerator's algorithm for bfloat16."""
+
+        def evaluate(self, policy, **options):
+            return jax.jit(lambda x: x.T @ x)(column)
+
+        def close(self):
+            pass
+
+    column = np.full((8, 1), 1 + 2**-10, np.float32)
+    agents = jax.tree.map(lambda x: x[None], tiny_agents.make_agent('iql', batch := tiny_agents.make_batch()))
+    monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+    devices.set_matmul_precision('bfloat16')
+    evaluations = RunEvaluations(Product, lambda x: x, [0], 1, in_background=True)
+    evaluations.begin(agents, 8, batch['observations'], should_stop=lambda: False)
+    assert evaluations.finish().results == pytest.approx(8 * (1 + 2**-10) ** 2, abs=1e-6)
+    evaluations.close()
 
 
 def test_a_film_that_fails_is_no_reason_to_stop(tmp_path, caplog):

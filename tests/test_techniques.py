@@ -71,7 +71,7 @@ def test_the_command_keeps_a_line_for_each_technique_and_device(tmp_path):
     ]  # fmt: skip
     phase = {'ratio': 9.0, 'ratio_min': 8.0, 'ratio_max': 9.5}
     old = throughput.machine() | {'date': '2000-01-01', 'preset': 'smoke', 'technique': 'chunks'}
-    old['env_name'] = 'cube-single-play-singletask-task1-v0'
+    old |= {'env_name': 'cube-single-play-singletask-task1-v0', 'precision': 'tensorfloat32'}
     old |= dict.fromkeys(throughput.PHASES, phase)
     lines = [old, old | {'technique': 'hoisting'}, old | {'processor': 'another'}]
     (tmp_path / 'techniques.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))

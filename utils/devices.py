@@ -18,6 +18,22 @@ from utils.intervals import largest_divisor
 AXES = 'seed', 'batch'
 
 
+def set_matmul_precision(precision: str) -> None:
+    """Sets the precision of matrix products: `highest`, `tensorfloat32` or `bfloat16`, as `--precision` has them.
+
+    On an accelerator bfloat16 is asked for as an algorithm: JAX's level of that name means TensorFloat-32 on a GPU.
+    Convolutions know levels only, and keep the device's default. A CPU computes in float32 at every level, and cannot
+    do all products by that algorithm: what runs on the host beside an accelerator has `host_precision`.
+    """
+    algorithm = 'BF16_BF16_F32' if precision == 'bfloat16' and jax.default_backend() != 'cpu' else precision
+    jax.config.update('jax_default_matmul_precision', algorithm)
+
+
+def host_precision():
+    """A context for computations on the host's processor, in this thread: float32, whatever the accelerator's is."""
+    return jax.default_matmul_precision('highest')
+
+
 def make_mesh(num_seeds: int, batch_size: int, mesh_seeds: int = 0, mesh_batch: int = 0) -> Mesh | None:
     """A mesh of mesh_seeds × mesh_batch devices, or None for one device.
 

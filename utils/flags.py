@@ -212,7 +212,9 @@ def set_up_jax(config: RunConfig) -> RunConfig:
         from utils import processes
 
         processes.join(config.coordinator_address, config.num_processes, config.process_id)
-    jax.config.update('jax_default_matmul_precision', config.precision)
+    from utils import devices
+
+    devices.set_matmul_precision(config.precision)
     if config.compilation_cache:
         _use_compilation_cache(config.distributed)
     if config.chunk_size:

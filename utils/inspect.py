@@ -90,10 +90,10 @@ class Look:
 
     def load(self) -> dict:
         """Loads the newest agent and the held-out data; returns the checkpoint's metadata."""
-        import jax
+        from utils import devices
 
         if 'precision' in self.config:
-            jax.config.update('jax_default_matmul_precision', self.config['precision'])
+            devices.set_matmul_precision(self.config['precision'])
         self.agent, self.normalizer, meta = self.load_agent(self.checkpoints[-1])
         self.trained_on = meta['phase']
         self.raw = self.load_raw(self.phase)

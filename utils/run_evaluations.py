@@ -50,7 +50,7 @@ class RunEvaluations:
         if self._thread is not None or devices.mesh_of(agents) is not None:
             agents = training.acting_part(agents, observations)
         if processes.is_first() and self._thread is not None:
-            self._running = self._thread.submit(self._evaluate, batches.on_host(agents), step, should_stop)
+            self._running = self._thread.submit(self._evaluate_on_host, batches.on_host(agents), step, should_stop)
         else:
             self._running = Future()
             here = processes.is_first()  # The others have given their part of the copy, and know no results.
@@ -73,6 +73,10 @@ class RunEvaluations:
             self._thread.shutdown(cancel_futures=True)
         if self._evaluator is not None:
             self._evaluator.close()
+
+    def _evaluate_on_host(self, agents, step, should_stop) -> Evaluation:
+        with devices.host_precision():
+            return self._evaluate(agents, step, should_stop)
 
     def _evaluate(self, agents, step, should_stop) -> Evaluation:
         if self._evaluator is None:
