@@ -1,12 +1,36 @@
-"""The HTML page: what is escaped, what is embedded, and that nothing in it is fetched from elsewhere."""
+"""The HTML page: what is escaped and embedded, that nothing is fetched from elsewhere, and what a browser shows."""
 
 import base64
+import html
+import json
 import re
+import shutil
+import subprocess
 
+import imageio.v2 as imageio
+import numpy as np
 import pytest
 
 from utils.errors import UserError
 from utils.report import Report, data_uri, format_cell
+
+BROWSER = shutil.which('chromium') or shutil.which('google-chrome') or shutil.which('chromium-browser')
+# Writes what the browser made of the page into its title. A film's data is not loaded unless it is asked for.
+PROBE = """<script>
+addEventListener('load', async () => {
+    const links = [...document.querySelectorAll('nav a')]
+    const films = [...document.querySelectorAll('video')]
+    const decoded = film => new Promise(resolve => { film.onloadeddata = film.onerror = resolve; film.load() })
+    await Promise.all(films.map(decoded))
+    document.title = JSON.stringify({
+        pictures: [...document.images].map(image => [image.naturalWidth, image.naturalHeight]),
+        films: films.map(film => [film.videoWidth, film.videoHeight, film.duration]),
+        links: links.map(link => document.querySelector(link.getAttribute('href')).innerText),
+        fits: document.documentElement.scrollWidth <= document.documentElement.clientWidth,
+        fetched: performance.getEntriesByType('resource').filter(entry => !entry.name.startsWith('data:')).length,
+    })
+})
+</script></body>"""
 
 
 def test_a_page_embeds_its_files_and_escapes_its_text(tmp_path):
@@ -30,6 +54,32 @@ def test_a_page_embeds_its_files_and_escapes_its_text(tmp_path):
     assert embedded == [b'\x89PNG picture', b'film']
     assert page.index('introduction') < page.index('<nav>') < page.index('id="s0"') < page.index('id="s1"')
     assert sorted(path.name for path in tmp_path.iterdir()) == ['a.png', 'b.mp4', 'report.html']
+
+
+@pytest.mark.skipif(BROWSER is None, reason='no Chromium or Chrome is installed')
+def test_a_browser_shows_all_of_a_page(tmp_path):
+    imageio.imwrite(tmp_path / 'a.png', np.zeros((30, 2000, 3), np.uint8))
+    imageio.mimwrite(tmp_path / 'b.mp4', np.zeros((20, 32, 48, 3), np.uint8), fps=10, macro_block_size=1)
+    report = Report('a_name_without_a_space,' * 20)
+    report.section('Pictures')
+    report.figure(tmp_path / 'a.png', 'wider than the page')
+    report.section('Films & <settings>')
+    report.video(tmp_path / 'b.mp4', 'two seconds')
+    report.table(('setting', 'value'), [('path', '/a_directory' * 30)])
+    report.write(tmp_path / 'report.html')
+    page = (tmp_path / 'report.html').read_text()
+    (tmp_path / 'probed.html').write_text(page.replace('</body>', PROBE))
+    options = '--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync'
+    profile, time = f'--user-data-dir={tmp_path / "profile"}', '--virtual-time-budget=20000'
+    command = [BROWSER, *options.split(), profile, time, '--dump-dom', f'file://{tmp_path / "probed.html"}']
+    document = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert json.loads(html.unescape(re.search('<title>(.*?)</title>', document)[1])) == {
+        'pictures': [[2000, 30]],
+        'films': [[48, 32, 2]],
+        'links': ['Pictures', 'Films & <settings>'],
+        'fits': True,
+        'fetched': 0,
+    }
 
 
 def test_a_missing_picture_is_told(tmp_path):

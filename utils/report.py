@@ -14,9 +14,10 @@ from utils.runs import atomic_path
 MEDIA_TYPES = {'.png': 'image/png', '.svg': 'image/svg+xml', '.mp4': 'video/mp4'}
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1180px; margin: 2em auto; padding: 0 1em; color: #222 }
-h1, h2 { line-height: 1.2 } h2 { margin-top: 2em; border-bottom: 1px solid #ccc; padding-bottom: .2em }
+h1, h2 { line-height: 1.2; overflow-wrap: anywhere }
+h2 { margin-top: 2em; border-bottom: 1px solid #ccc; padding-bottom: .2em }
 table { border-collapse: collapse; margin: 1em 0; font-variant-numeric: tabular-nums }
-th, td { padding: .2em .8em; text-align: right; border-bottom: 1px solid #e4e4e4 }
+th, td { overflow-wrap: anywhere; padding: .2em .8em; text-align: right; border-bottom: 1px solid #e4e4e4 }
 th:first-child, td:first-child { text-align: left }
 th { border-bottom: 2px solid #888 }
 figure { margin: 1.5em 0 } img, video { max-width: 100%; height: auto } video { width: 400px }
