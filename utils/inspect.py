@@ -61,13 +61,13 @@ class Look:
         agents, normalizer, meta = load_agents(checkpoint, self.task)
         return jax.tree.map(lambda x: x[self.seed - meta['seed']], agents), normalizer, meta
 
-    def load_raw(self, phase: str) -> dict:
-        """The held-out rows of a phase, in the simulator's units."""
+    def load_raw(self, phase: str, split: str = 'val') -> dict:
+        """The held-out rows of a phase (or, `train`, those it is trained on), in the simulator's units."""
         from envs import custom, data
 
         if self.task.suite == custom.SUITE:
-            return custom.load_raw(self.task.dataset_env, phase, 'val')
-        return data.load_raw(self.task.name, phase, 'val', self.dataset_dir)
+            return custom.load_raw(self.task.dataset_env, phase, split)
+        return data.load_raw(self.task.name, phase, split, self.dataset_dir)
 
     def mind_another_file(self, phase: str, raw: dict, report: Report) -> None:
         """Says so where the held-out rows of a phase are not those that the run was validated on."""
