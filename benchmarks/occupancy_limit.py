@@ -56,10 +56,12 @@ class TaughtByFutures(InFOMAgent):
 
 
 def measure(directory: Path, updates: int, interval: int, num_states: int, dataset_dir: str | None = None) -> list:
-    """Rows of `benchmarks.occupancy.COLUMNS`: the run's first kept checkpoint, then the taught field every `interval`.
+    """Rows of `benchmarks.occupancy.COLUMNS`: the run's kept checkpoints of pre-training, then the taught field every
+    `interval` updates.
 
     Raises:
-        UserError: no run of InFOM on states, or its data are not where they were.
+        UserError: no run of InFOM on states that kept a checkpoint of pre-training, or its data are not where they
+            were.
     """
     look = open_run(directory, dataset_dir=dataset_dir)
     if look.config['agent_name'] != 'infom' or look.task.visual:
@@ -68,23 +70,29 @@ def measure(directory: Path, updates: int, interval: int, num_states: int, datas
     agent, normalizer, meta = look.load_agent(look.checkpoints[0])
     if meta['phase'] != 'pretraining':
         raise UserError(f'{directory}: its first checkpoint is of {meta["phase"]}: expected one of pre-training')
-    training_rows, held_out = (
-        look.make_dataset(look.load_raw('pretraining', split), normalizer) for split in ('train', 'val')
-    )
     rows, key = [], jax.random.key(0)
 
-    def score(name, agent, step):
-        for predictor, scores in occupancy.occupancy_report(agent, held_out, key, num_states, NUM_FUTURES).items():
+    def keep(name, step, report):
+        for predictor, scores in report.items():
             values = scores['energy_distance'], scores['energy_distance_error']
             rows.append((name, look.seed, 'pretraining', step, predictor, *values))
 
-    score(look.directory.resolve().name, agent, meta['step'])
-    taught = training.create_agents(TaughtByFutures, [look.seed], datasets.example_batch(training_rows), agent.config)
+    for meta, report in look.score_occupancy(key, num_states, NUM_FUTURES):
+        if meta['phase'] == 'pretraining':
+            keep(look.directory.resolve().name, meta['step'], report)
+
+    training_rows, held_out = (
+        look.make_dataset(look.load_raw('pretraining', split), normalizer) for split in ('train', 'val')
+    )
+    example = datasets.example_batch(training_rows)
+    taught = training.create_agents(TaughtByFutures, [look.seed], example, agent.config)
     keys = training.stream_keys([look.seed], 'pretraining')
     for start in tqdm(range(0, updates, interval), desc='teaching', unit='interval'):
+        end = min(start + interval, updates)
         arguments = taught, training_rows, keys, np.int32(start)
-        taught, _ = training.train_chunk(*arguments, phase='pretraining', n=min(interval, updates - start))
-        score(LABEL, jax.tree.map(lambda x: x[0], taught), min(start + interval, updates))
+        taught, _ = training.train_chunk(*arguments, phase='pretraining', n=end - start)
+        one = jax.tree.map(lambda x: x[0], taught)
+        keep(LABEL, end, occupancy.occupancy_report(one, held_out, key, num_states, NUM_FUTURES))
     return rows
 
 
