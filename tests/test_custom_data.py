@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import envs
-from envs import custom
+from envs import custom, custom_files
 from utils import runs
 from utils.errors import UserError
 
@@ -118,8 +118,8 @@ def test_next_observations_give_the_final_states(tmp_path):
 def warnings(monkeypatch):
     """What is logged as a warning, in a list."""
     logged = []
-    custom._warn_once.cache_clear()
-    monkeypatch.setattr(custom.logging, 'warning', logged.append)
+    custom_files.warn_once.cache_clear()
+    monkeypatch.setattr(custom_files.logging, 'warning', logged.append)
     return logged
 
 
@@ -453,7 +453,7 @@ def test_minari_episodes_are_converted_as_they_come(monkeypatch):
         action_space=gymnasium.spaces.Box(-2, 2, (1,)),
         iterate_episodes=iterate_episodes,
     )
-    monkeypatch.setattr(custom, '_open_minari', lambda dataset: data)
+    monkeypatch.setattr(custom_files, '_open_minari', lambda dataset: data)
     raw, peak = peak_of(lambda: custom.load_raw('minari:own-v0', 'finetuning', 'train'))
     assert peak < 1.5 * episodes * (steps + 1) * columns * 8, 'one and a half times what Minari gives'
     assert {array.dtype.name for name, array in raw.items() if name not in ('terminals', 'source')} == {'float32'}
