@@ -52,10 +52,16 @@ def score_run(directory: Path, name: str, num_states: int, dataset_dir: str | No
         look.seed = seed
         for meta, report in look.score_occupancy(key, num_states, NUM_FUTURES):
             units.add(look.units(meta))
-            for predictor, scores in report.items():
-                values = scores['energy_distance'], scores['energy_distance_error']
-                rows.append((name, seed, meta['phase'], meta['step'], predictor, *values))
+            rows += report_rows(name, seed, meta['phase'], meta['step'], report)
     return rows, units
+
+
+def report_rows(name: str, seed: int, phase: str, step: int, report: dict) -> list[tuple]:
+    """One `occupancy_report` as rows of `COLUMNS`."""
+    return [
+        (name, seed, phase, step, predictor, scores['energy_distance'], scores['energy_distance_error'])
+        for predictor, scores in report.items()
+    ]
 
 
 def lines(rows, predictor: str) -> dict[str, list[tuple[np.ndarray, np.ndarray]]]:

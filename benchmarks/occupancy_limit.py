@@ -18,7 +18,7 @@ from absl import flags
 from tqdm import tqdm
 
 from agents.infom import InFOMAgent
-from benchmarks.occupancy import COLUMNS, NUM_FUTURES, table
+from benchmarks.occupancy import COLUMNS, NUM_FUTURES, report_rows, table
 from utils import cli, datasets, occupancy, training
 from utils.errors import UserError
 from utils.goals import Goals
@@ -70,20 +70,15 @@ def measure(directory: Path, updates: int, interval: int, num_states: int, datas
     agent, normalizer, meta = look.load_agent(look.checkpoints[0])
     if meta['phase'] != 'pretraining':
         raise UserError(f'{directory}: its first checkpoint is of {meta["phase"]}: expected one of pre-training')
-    rows, key = [], jax.random.key(0)
+    name, key = look.directory.resolve().name, jax.random.key(0)
+    rows = []
+    for scored, report in look.score_occupancy(key, num_states, NUM_FUTURES):
+        if scored['phase'] != 'pretraining':
+            break
+        rows += report_rows(name, look.seed, 'pretraining', scored['step'], report)
 
-    def keep(name, step, report):
-        for predictor, scores in report.items():
-            values = scores['energy_distance'], scores['energy_distance_error']
-            rows.append((name, look.seed, 'pretraining', step, predictor, *values))
-
-    for meta, report in look.score_occupancy(key, num_states, NUM_FUTURES):
-        if meta['phase'] == 'pretraining':
-            keep(look.directory.resolve().name, meta['step'], report)
-
-    training_rows, held_out = (
-        look.make_dataset(look.load_raw('pretraining', split), normalizer) for split in ('train', 'val')
-    )
+    training_rows = look.make_dataset(look.load_raw('pretraining', 'train'), normalizer)
+    held_out = look.make_dataset(look.raw, normalizer)
     example = datasets.example_batch(training_rows)
     taught = training.create_agents(TaughtByFutures, [look.seed], example, agent.config)
     keys = training.stream_keys([look.seed], 'pretraining')
@@ -92,7 +87,8 @@ def measure(directory: Path, updates: int, interval: int, num_states: int, datas
         arguments = taught, training_rows, keys, np.int32(start)
         taught, _ = training.train_chunk(*arguments, phase='pretraining', n=end - start)
         one = jax.tree.map(lambda x: x[0], taught)
-        keep(LABEL, end, occupancy.occupancy_report(one, held_out, key, num_states, NUM_FUTURES))
+        report = occupancy.occupancy_report(one, held_out, key, num_states, NUM_FUTURES)
+        rows += report_rows(LABEL, look.seed, 'pretraining', end, report)
     return rows
 
 
