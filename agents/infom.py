@@ -26,8 +26,6 @@ from utils.errors import UserError
 from utils.flows import clipping_bounds, euler_integrate, map_rows
 from utils.networks import GaussianActor, IntentionEncoder, ScalarHead, VectorField
 
-NUM_GPI_INTENTIONS = 8  # Intentions per row over which `policy_extraction=gpi` takes the maximum.
-
 
 class Networks(NamedTuple):
     """Module definitions (no parameters); names are the keys of `InFOMAgent.params`."""
@@ -180,12 +178,13 @@ class InFOMAgent(flax.struct.PyTreeNode):
         return common.reward_regression(self.predicted_rewards(params, features), batch['rewards'])
 
     def q_targets(self, params, batch, key):
-        """y (B,) without gradient: the return under one intention per row; for `gpi` the maximum over several."""
+        """y (M, B) without gradient: the returns under M intentions per row; for `gpi` their maximum, (1, B)."""
         params = lax.stop_gradient(params)
-        if self.config.policy_extraction != 'gpi':
-            return self.intention_returns(params, batch, key)
-        keys = jax.random.split(key, NUM_GPI_INTENTIONS)
-        return lax.map(lambda key: self.intention_returns(params, batch, key), keys).max(axis=0)
+        if self.num_critic_latents == 1:
+            return self.intention_returns(params, batch, key)[None]
+        keys = jax.random.split(key, self.num_critic_latents)
+        returns = lax.map(lambda key: self.intention_returns(params, batch, key), keys)
+        return returns.max(axis=0, keepdims=True) if self.config.policy_extraction == 'gpi' else returns
 
     def intention_returns(self, params, batch, key):
         """1/((1−γ)·N)·Σ_k R(x̂_k), N futures of the field in `params` at (s, a, z), one z per row: (B,).
@@ -205,6 +204,11 @@ class InFOMAgent(flax.struct.PyTreeNode):
         return rewards.mean(axis=1) / (1 - self.config.discount)
 
     @property
+    def num_critic_latents(self):
+        """M, intentions per row in the critic's targets: as configured; else 1, and 8 for the maximum of `gpi`."""
+        return self.config.num_critic_latents or (8 if self.config.policy_extraction == 'gpi' else 1)
+
+    @property
     def expectile(self):
         """μ; the ablations' policy improvement is explicit or none: their Q is the mean."""
         return self.config.expectile if self.config.policy_extraction == 'implicit_gpi' else 0.5
@@ -213,7 +217,7 @@ class InFOMAgent(flax.struct.PyTreeNode):
         """L_Q = E_{e,i} ρ_μ(y − Q_e(s, a)): over random z, implicit generalised policy improvement."""
         targets = self.q_targets(params, batch, key)
         qs = self.networks.critic.apply({'params': params['critic']}, batch['observations'], batch['actions'])  # (2, B)
-        loss = common.expectile_loss(targets - qs, self.expectile).mean()
+        loss = common.expectile_loss(targets[:, None] - qs, self.expectile).mean()
         return loss, {'critic_loss': loss, **common.q_metrics(qs), 'q_target_mean': targets.mean()}
 
     def cloning_loss(self, params, batch):
@@ -370,6 +374,8 @@ def validate_config(config):
     common.require_choice(config, 'q_agg', ('min', 'mean'))
     common.require_choice(config, 'critic_latent_type', ('prior', 'encoding', 'aggregate'))
     common.require_at_least(1, config, 'latent_dim', 'num_flow_goals', 'num_flow_steps')
+    if config.num_critic_latents is not None:
+        common.require_at_least(1, config, 'num_critic_latents')
     if config.clip_flow_goals and config.encoder is not None:
         raise UserError("agent.clip_flow_goals=True with an encoder: the features' range is not known; set it to False")
 
@@ -404,6 +410,7 @@ def get_config():
             intention_encoder='variational',  # Origin of z; ablations: none, fb, hilp (agents/intentions.py).
             policy_extraction='implicit_gpi',  # Expectile over z; ablations: gpi (max over z), one_step (no z).
             critic_latent_type='prior',  # z of the critic's targets: prior, encoding, or aggregate (other rows').
+            num_critic_latents=ml_collections.config_dict.placeholder(int),  # M, z per row in them; None: 1, for gpi 8.
             num_flow_goals=16,  # N, futures per row in the critic's target.
             num_flow_steps=10,  # Euler steps.
             clip_flow_goals=True,  # Clip flow samples to the observed range after each step (states only).

@@ -91,7 +91,7 @@ def test_targets_of_the_critic(name):
         assert np.abs(expected - np.mean(returns, axis=0)).max() > 1e-3
     else:
         expected = expected_returns(agent, batch, KEY)
-    np.testing.assert_allclose(targets, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    np.testing.assert_allclose(targets, expected[None], rtol=1e-4, atol=1e-4 * np.abs(expected).max())
     config, params, _, batch64 = numpy_of(agent, batch)
     u = expected - reference.critics(params['critic'], config, batch64['observations'], batch64['actions'])
     expectile = 0.5 if name in ('gpi', 'one_step') else config.expectile
@@ -168,6 +168,26 @@ def test_the_representation_has_the_sizes_and_rates_of_its_agent(name):
         if path == other and x.shape == y.shape and x.std() > 0
     ]
     assert all(not np.array_equal(x, y) for x, y in shared)
+
+
+def test_several_intentions_per_row():
+    """M draws of z for a row are M targets of its Q: the mean of their expectile losses."""
+    batch = tiny_agents.make_batch()
+    agent = tiny_agents.make_agent('infom', batch, num_critic_latents=3, expectile=0.8)
+    _, _, (_, targets), (critic_loss, metrics) = updates(agent, batch)
+    expected = np.stack([expected_returns(agent, batch, key) for key in jax.random.split(KEY, 3)])
+    np.testing.assert_allclose(targets, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    config, params, _, batch64 = numpy_of(agent, batch)
+    qs = reference.critics(params['critic'], config, batch64['observations'], batch64['actions'])
+    u = expected[:, None] - qs
+    np.testing.assert_allclose(critic_loss, (np.abs(0.8 - (u < 0)) * u**2).mean(), rtol=1e-3)
+    np.testing.assert_allclose(metrics['q_target_mean'], expected.mean(), rtol=1e-3)
+    of_their_mean = expected.mean(axis=0) - qs
+    assert abs(critic_loss - (np.abs(0.8 - (of_their_mean < 0)) * of_their_mean**2).mean()) > 1e-4
+    single = tiny_agents.make_agent('infom', batch, num_critic_latents=1)
+    np.testing.assert_array_equal(
+        updates(single, batch)[2][1], updates(tiny_agents.make_agent('infom', batch), batch)[2][1]
+    )
 
 
 @pytest.mark.parametrize(

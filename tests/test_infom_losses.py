@@ -157,7 +157,7 @@ def test_reward_belongs_to_the_state_that_the_batch_names():
 def test_q_targets(case):
     targets = tiny.compiled('q_targets')(case.agent, case.agent.params, case.batch, KEY)
     expected = case.q_targets()
-    np.testing.assert_allclose(targets, expected, rtol=RTOL, atol=RTOL * np.abs(expected).max())
+    np.testing.assert_allclose(targets, expected[None], rtol=RTOL, atol=RTOL * np.abs(expected).max())
     assert np.std(expected) > 1e-2
 
 
@@ -171,7 +171,7 @@ def test_aggregate_intentions_are_those_of_other_transitions():
     draws['latents'] = jax.random.permutation(jax.random.fold_in(latent_key, 1), own)
     expected = reference.q_targets(case.params, agent.config, case.batch64, draws, case.bounds)
     targets = tiny.compiled('q_targets')(agent, agent.params, case.batch, KEY)
-    np.testing.assert_allclose(targets, expected, rtol=RTOL, atol=RTOL * np.abs(expected).max())
+    np.testing.assert_allclose(targets, expected[None], rtol=RTOL, atol=RTOL * np.abs(expected).max())
     assert np.abs(expected - case.q_targets()).max() > 1e-2, 'its own intention would give something else'
 
 

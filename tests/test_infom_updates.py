@@ -291,6 +291,7 @@ def test_actions_of_images():
         (dict(latent_dim=0), 'latent_dim'),
         (dict(num_flow_goals=0), 'num_flow_goals'),
         (dict(num_flow_steps=-1), 'num_flow_steps'),
+        (dict(num_critic_latents=0), 'num_critic_latents'),
     ],
 )
 def test_impossible_configurations_are_user_errors(overrides, message):

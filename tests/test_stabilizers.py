@@ -174,7 +174,7 @@ def test_the_expectile_rises():
     qs = plain.networks.critic.apply({'params': plain.params['critic']}, batch['observations'], batch['actions'])
     for at, expectile in ((0, 0.5), (50, 0.7), (100, 0.9), (200, 0.9)):
         loss, _ = at_step(agent, at).critic_loss(agent.params, batch, KEY)
-        np.testing.assert_allclose(loss, common.expectile_loss(targets - qs, expectile).mean(), rtol=1e-4)
+        np.testing.assert_allclose(loss, common.expectile_loss(targets[:, None] - qs, expectile).mean(), rtol=1e-4)
 
 
 def test_a_frozen_field():

@@ -35,6 +35,7 @@ PRETRAINED_SETTINGS = (
 # Run settings that may change between two starts of one run: besides how it is done, how long, and where own data lie,
 # of which the content is compared.
 FREE_SETTINGS = OPERATIONAL_FLAGS | {'finetuning_steps', 'dataset', 'preset', 'sources', 'agent'}
+UNKNOWN = '(unknown)'  # What a run says of a setting that the code did not have when it began.
 
 
 def _plain(value):
@@ -85,10 +86,15 @@ def check_same_run(directory, config):
             f'{path} cannot be read ({error}): the run cannot be resumed; use another --run_name'
         ) from error
     now = config.to_dict()
-    pairs = [(f'--{k}', saved.get(k), v) for k, v in now.items() if k not in FREE_SETTINGS]
-    pairs += [(f'--agent.{k}', saved.get('agent', {}).get(k), v) for k, v in now['agent'].items()]
+    pairs = [(f'--{k}', saved.get(k, UNKNOWN), v) for k, v in now.items() if k not in FREE_SETTINGS]
+    pairs += [(f'--agent.{k}', saved.get('agent', {}).get(k, UNKNOWN), v) for k, v in now['agent'].items()]
     for name, before, after in pairs:
-        if before != after:
+        if before == UNKNOWN and after is not None:
+            raise UserError(
+                f'{directory} holds a run of a version of the code that had no {name}, now it is {after}: use another '
+                '--run_name, or that version'
+            )
+        if before not in (after, UNKNOWN):
             raise UserError(
                 f'{directory} holds a run with {name}={before}, now it is {after}: '
                 f'use another --run_name, or the same settings'
