@@ -25,6 +25,7 @@ from utils.encoders import make_encoder
 from utils.errors import UserError
 from utils.flows import clipping_bounds, euler_integrate, map_rows
 from utils.networks import GaussianActor, IntentionEncoder, ScalarHead, VectorField
+from utils.values import intention_values
 
 
 class Networks(NamedTuple):
@@ -182,8 +183,7 @@ class InFOMAgent(flax.struct.PyTreeNode):
         params = lax.stop_gradient(params)
         if self.num_critic_latents == 1:
             return self.intention_returns(params, batch, key)[None]
-        keys = jax.random.split(key, self.num_critic_latents)
-        returns = lax.map(lambda key: self.intention_returns(params, batch, key), keys)
+        returns = intention_values(self.replace(params=params), batch, key, self.num_critic_latents)
         return returns.max(axis=0, keepdims=True) if self.config.policy_extraction == 'gpi' else returns
 
     def intention_returns(self, params, batch, key):
