@@ -10,6 +10,7 @@ which and why.
 
 import re
 import shlex
+import signal
 from pathlib import Path
 
 from absl import flags
@@ -34,6 +35,7 @@ def main(argv):
     if not runs:
         raise UserError(f'--only={FLAGS.only} matches no run of {path}: --backend=print lists them')
     if FLAGS.backend == 'print':
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends a list without a traceback.
         for run in runs:
             print(shlex.join(run.command('python')))
         return None

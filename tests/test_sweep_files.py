@@ -228,3 +228,10 @@ def test_printing_needs_no_simulator_and_no_data():
     lines = result.stdout.splitlines()
     assert len(lines) == 4
     assert all(line.startswith('python main.py --') and '--preset=small' in line for line in lines)
+
+
+def test_printing_into_a_pipe_that_closes_ends_without_a_word():
+    command = [sys.executable, '-m', 'sweeps.launch', 'sweeps/infom_gpi.yaml', '--backend=print']
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b''
