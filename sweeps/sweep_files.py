@@ -94,7 +94,7 @@ def expand(path: Path, overrides: Mapping[str, Any] | None = None) -> list[Run]:
 
 def run_name(flags: Mapping[str, Any]) -> str:
     """`<env_name>_<agent>_<key=value,…>_sd<seeds>`: the settings decide it alone, so that the same run finds itself
-    again. A long one is cut and ends in a digest of the whole."""
+    again. A long one is cut before its seeds, with a digest of what was there."""
     agent = Path(str(flags.get('agent', 'infom'))).stem
     settings = [
         f'{key.removeprefix("agent.")}={_written(value)}'
@@ -106,11 +106,12 @@ def run_name(flags: Mapping[str, Any]) -> str:
         if not isinstance(value, int):
             raise UserError(f'--{name}={value}: expected one whole number; several seeds are `values: […]` of a file')
     seeds = f'sd{first}' if count == 1 else f'sd{first}-{first + count - 1}'
-    parts = [str(flags.get('env_name', '')), agent, ','.join(settings), seeds]
+    parts = [str(flags.get('env_name', '')), agent, ','.join(settings)]
     name = re.sub(r'[^\w+=@,.-]', '-', '_'.join(part for part in parts if part))
-    if len(name) > LONGEST_NAME:
-        name = f'{name[: LONGEST_NAME - 13]}_{hashlib.sha256(name.encode()).hexdigest()[:12]}'
-    return name
+    if len(name) + 1 + len(seeds) > LONGEST_NAME:
+        digest = hashlib.sha256(name.encode()).hexdigest()[:12]
+        name = f'{name[: LONGEST_NAME - len(digest) - len(seeds) - 2]}_{digest}'
+    return f'{name}_{seeds}'
 
 
 def _number(value: Any) -> Any:

@@ -163,9 +163,12 @@ def test_the_name_is_in_the_settings_alone():
     assert run_name(dict(reversed(flags_of_run.items())) | {'save_dir': 'x', 'wandb_mode': 'online'}) == name
     assert run_name(flags_of_run | {'agent.alpha': 3}) == name
     assert run_name(flags_of_run | {'agent.alpha': 4}) != name
-    long = [run_name(flags_of_run | {f'agent.{"x" * 200}': value}) for value in (1, 2)]
-    assert len(long[0]) == len(long[1]) == LONGEST_NAME
-    assert long[0] != long[1]
+    long = [
+        run_name(flags_of_run | {f'agent.{"x" * 200}': value, 'seed': seed}) for value in (1, 2) for seed in (0, 11)
+    ]
+    assert {len(name) for name in long} == {LONGEST_NAME}
+    assert len(set(long)) == 4
+    assert [name.rpartition('_')[2] for name in long] == ['sd0', 'sd11', 'sd0', 'sd11']  # --only='sd0$' finds them.
 
 
 def test_numbers_are_numbers_however_they_are_written(sweep):
