@@ -123,16 +123,17 @@ class ClipAtEnd:
 
 
 class AbsorbingEnds:
-    """A transition that ends the task (mask 0) leads to s' for ever: the future term's sample is s', and its velocity
-    the one towards it."""
+    """A transition that ends the task (mask 0) stays for ever in the state that its reward belongs to, s̃: the future
+    term's sample is s̃, and its velocity the one towards it."""
 
     def future_term(self, batch, latents, times, key):
         x, target = super().future_term(batch, latents, times, key)
-        next_states = self.features(self.target_params, batch['next_observations'])
-        noise = jax.random.normal(key, next_states.shape)  # That of the other rows' flows.
+        if 'reward_observations' not in batch:  # Reward-free: nothing ends.
+            return x, target
+        states = self.features(self.target_params, batch['reward_observations'])
+        noise = jax.random.normal(key, states.shape)  # That of the other rows' flows.
         ends = batch['masks'][:, None] == 0
-        towards_it = times * next_states + (1 - times) * noise
-        return jnp.where(ends, towards_it, x), jnp.where(ends, next_states - noise, target)
+        return jnp.where(ends, times * states + (1 - times) * noise, x), jnp.where(ends, states - noise, target)
 
 
 class FrozenField:

@@ -147,8 +147,8 @@ def test_absorbing_ends():
     others = np.arange(tiny.BATCH_SIZE) != 2
     np.testing.assert_array_equal(x[others], x_plain[others])
     np.testing.assert_array_equal(target[others], target_plain[others])
-    # Straight from the noise to s': the velocity is constant, and leads from x_t to s' in the time that is left.
-    ending = batch['next_observations'][2]
+    # Straight from the noise to s̃: the velocity is constant, and leads from x_t to s̃ in the time that is left.
+    ending = batch['reward_observations'][2]
     np.testing.assert_allclose(x[2] + (1 - times[2]) * target[2], ending, rtol=1e-5, atol=1e-6)
     assert np.abs(x_plain[2] + (1 - times[2]) * target_plain[2] - ending).max() > 1e-2
 
