@@ -137,8 +137,10 @@ def test_clipping_at_the_end():
     assert np.abs(futures - stepwise).max() > 1e-3
 
 
-def test_absorbing_ends():
+@pytest.mark.parametrize('reward_at', ['observations', 'next_observations'])
+def test_absorbing_ends(reward_at):
     agent, batch = make_case('absorbing_ends')
+    batch['reward_observations'] = batch[reward_at]
     plain, _ = make_case()
     z = jax.random.normal(KEY, (tiny.BATCH_SIZE, 4))
     times = jax.random.uniform(KEY, (tiny.BATCH_SIZE, 1))
@@ -151,6 +153,9 @@ def test_absorbing_ends():
     ending = batch['reward_observations'][2]
     np.testing.assert_allclose(x[2] + (1 - times[2]) * target[2], ending, rtol=1e-5, atol=1e-6)
     assert np.abs(x_plain[2] + (1 - times[2]) * target_plain[2] - ending).max() > 1e-2
+    # Reward-free data end nothing.
+    del batch['reward_observations']
+    np.testing.assert_array_equal(agent.future_term(batch, z, times, KEY), plain.future_term(batch, z, times, KEY))
 
 
 def test_cosine():
