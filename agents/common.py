@@ -146,25 +146,25 @@ def init_adam(params, config):
     return states | {ACTING_ACTOR: copy_of(params['actor'])}
 
 
-def adam_step(agent, modules, loss_fn):
+def adam_step(agent, modules, loss_fn, rates=None):
     """One Adam step of `agent` on the named modules only; all others, and their Adam states, stay exactly where they
     are. The actor that acts follows the trained one.
 
     `loss_fn(params) -> (loss, metrics)` takes the full dict of parameters. Returns (params, opt_states, metrics).
     With `joint_adam` all modules take the step: those without a gradient move on by their Adam state's momentum, as
-    under the one optimiser over all parameters of the published code. An agent may have a `rate_scale`, a factor () of
-    all its learning rates.
+    under the one optimiser over all parameters of the published code. `rates`: factors of the learning rates of some
+    modules; an agent may have a `rate_scale`, a factor () of all of them.
     """
     modules = list(agent.params) if agent.config.joint_adam else modules
     trained = {name: agent.params[name] for name in modules}
     grads, metrics = jax.grad(lambda trained: loss_fn({**agent.params, **trained}), has_aux=True)(trained)
     params, opt_states = dict(agent.params), dict(agent.opt_states)
     for name in modules:
-        optimizer = optax.adam(learning_rate(agent.config, name))
-        updates, opt_states[name] = optimizer.update(grads[name], opt_states[name])
+        rate = learning_rate(agent.config, name) * (rates or {}).get(name, 1.0)
+        updates, opt_states[name] = optax.adam(rate).update(grads[name], opt_states[name])
         if decay := weight_decay(agent.config, name):
             # Decoupled from the gradient (AdamW, arXiv 1711.05101), and without a state of its own.
-            shrinkage = learning_rate(agent.config, name) * decay
+            shrinkage = rate * decay
             updates = jax.tree.map(lambda update, param: update - shrinkage * param, updates, params[name])
         if hasattr(agent, 'rate_scale'):  # Both parts are proportional to the learning rate.
             updates = jax.tree.map(lambda update: agent.rate_scale * update, updates)
@@ -281,10 +281,10 @@ def latent_iql_losses(agent, params, batch, latents, rewards, masks, *, alpha: f
     return terms
 
 
-def update_modules(agent, modules, loss_fn):
+def update_modules(agent, modules, loss_fn, rates=None):
     """`adam_step`, then the moving average of the targets of the modules that it trained; the other targets are
     copies of modules that stand still, and stay exactly as they are. Returns (agent, metrics)."""
-    params, opt_states, metrics = adam_step(agent, modules, loss_fn)
+    params, opt_states, metrics = adam_step(agent, modules, loss_fn, rates)
     moving = {name: target for name, target in agent.target_params.items() if name in modules}
     target_params = agent.target_params | target_update(params, moving, agent.config.tau)
     return agent.replace(params=params, opt_states=opt_states, target_params=target_params), metrics

@@ -165,13 +165,22 @@ class InFOMAgent(flax.struct.PyTreeNode):
 
     def future_term(self, batch, latents, times, key):
         """x_t and target of ℓ_fut, each (B, S): x̂ by the target field from ε' at (s', a', z); with the same t, onto its
-        velocity."""
+        velocity.
+
+        Where a label ends the task (mask 0), `absorbing_ends` has x̂ = s̃, the state that the label belongs to, and the
+        velocity that leads there: the task stays in it for ever.
+        """
         next_states = self.features(self.target_params, batch['next_observations'])
         noise = jax.random.normal(key, next_states.shape)
         condition = self.condition(self.target_params, next_states, batch['next_actions'], latents)
         futures = map_rows(partial(self.sample_futures, self.target_params), noise, condition)
         x = times * futures + (1 - times) * noise
-        return x, self.velocity(self.target_params, x, times, condition)
+        target = self.velocity(self.target_params, x, times, condition)
+        if not (self.config.absorbing_ends and 'reward_observations' in batch):  # Reward-free data end nothing.
+            return x, target
+        states = self.features(self.target_params, batch['reward_observations'])
+        ends = batch['masks'][:, None] == 0
+        return jnp.where(ends, times * states + (1 - times) * noise, x), jnp.where(ends, states - noise, target)
 
     def reward_loss(self, params, batch):
         """L_R = E(R(s̃) − r)², s̃ the state that the reward belongs to; features carry no gradient to the encoder."""
@@ -265,7 +274,10 @@ class InFOMAgent(flax.struct.PyTreeNode):
         """One update on labelled data; `update_actor` is static, and without it the actor stays exactly where it is."""
         modules = ['vector_field', 'critic', 'reward', *self.encoder_modules]
         modules += ['actor'] if update_actor else []
-        return self._step(modules, lambda params: self.finetuning_loss(params, batch, key, update_actor), batch, key)
+        # Labelled data are few: a field that follows them at the full rate forgets what actions do (docs/stability.md).
+        rates = dict.fromkeys(('vector_field', *self.encoder_modules), self.config.finetuning_field_rate)
+        loss_fn = lambda params: self.finetuning_loss(params, batch, key, update_actor)  # noqa: E731
+        return self._step(modules, loss_fn, batch, key, rates)
 
     def begin_finetuning(self, labelled_batch, key):
         """The switch between the phases: every target is set to a copy of its online network.
@@ -290,8 +302,8 @@ class InFOMAgent(flax.struct.PyTreeNode):
         """Those of image encoder and intention encoder that there are."""
         return [name for name in ('encoder', 'intention_encoder') if name in self.params]
 
-    def _step(self, modules, loss_fn, batch, key):
-        agent, metrics = common.update_modules(self, modules, loss_fn)
+    def _step(self, modules, loss_fn, batch, key, rates=None):
+        agent, metrics = common.update_modules(self, modules, loss_fn, rates)
         # Apart: no gradient passes between the representation and the occupancy model.
         representation, more = intentions.update(self.representation, batch, jax.random.fold_in(key, 1))
         return agent.replace(representation=representation), metrics | more
@@ -374,6 +386,7 @@ def validate_config(config):
     common.require_choice(config, 'q_agg', ('min', 'mean'))
     common.require_choice(config, 'critic_latent_type', ('prior', 'encoding', 'aggregate'))
     common.require_at_least(1, config, 'latent_dim', 'num_flow_goals', 'num_flow_steps')
+    common.require_at_least(0, config, 'finetuning_field_rate')
     if config.num_critic_latents is not None:
         common.require_at_least(1, config, 'num_critic_latents')
     if config.clip_flow_goals and config.encoder is not None:
@@ -387,6 +400,7 @@ def get_config():
             agent_name='infom',
             lr=3e-4,  # Adam learning rate.
             actor_lr=ml_collections.config_dict.placeholder(float),  # The actor's own learning rate; None: lr.
+            finetuning_field_rate=0.1,  # Fine-tuning's share of the vector field's and its encoders' learning rate.
             actor_tau=0.001,  # Rate, per actor update, of the average of the actor that acts; 1: no average.
             joint_adam=False,  # One Adam over all modules, trained or not, as published.
             batch_size=256,
@@ -403,6 +417,7 @@ def get_config():
             discount=0.99,  # γ.
             tau=0.005,  # Rate of the target networks' moving average.
             expectile=0.9,  # μ of the critic's expectile loss.
+            absorbing_ends=True,  # The occupancy model stays where the task ends (mask 0); published: it goes on past it.
             future_intention_gradient=False,  # Let z learn from ℓ_fut as well as from ℓ_cur.
             kl_weight=0.01,  # λ; the KL term is a mean over Z.
             alpha=10.0,  # Weight of behavioural cloning in the actor loss; tuned per task.

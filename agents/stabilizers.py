@@ -122,34 +122,11 @@ class ClipAtEnd:
         return futures if self.flow_bounds is None else jnp.clip(futures, *self.flow_bounds)
 
 
-class AbsorbingEnds:
-    """A transition that ends the task (mask 0) stays for ever in the state that its reward belongs to, s̃: the future
-    term's sample is s̃, and its velocity the one towards it."""
-
-    def future_term(self, batch, latents, times, key):
-        x, target = super().future_term(batch, latents, times, key)
-        if 'reward_observations' not in batch:  # Reward-free: nothing ends.
-            return x, target
-        states = self.features(self.target_params, batch['reward_observations'])
-        noise = jax.random.normal(key, states.shape)  # That of the other rows' flows.
-        ends = batch['masks'][:, None] == 0
-        return jnp.where(ends, times * states + (1 - times) * noise, x), jnp.where(ends, states - noise, target)
-
-
-class FrozenField:
-    """Fine-tuning leaves the occupancy model, vector field and intention encoder, as pre-training made it."""
-
-    def _step(self, modules, loss_fn, batch, key):
-        if 'critic' in modules:
-            modules = [name for name in modules if name not in ('vector_field', *self.encoder_modules)]
-        return super()._step(modules, loss_fn, batch, key)
-
-
 class ClipGradients:
     """The gradient of all modules together is clipped to a norm of 1 before Adam."""
 
-    def _step(self, modules, loss_fn, batch, key):
-        return super()._step(modules, lambda params: loss_fn(_with_clipped_gradient(params)), batch, key)
+    def _step(self, modules, loss_fn, batch, key, rates=None):
+        return super()._step(modules, lambda params: loss_fn(_with_clipped_gradient(params)), batch, key, rates)
 
 
 @jax.custom_vjp
@@ -169,11 +146,9 @@ STABILIZERS = {
     'clip_rewards': ClipRewards,
     'bound_q': BoundQ,
     'clip_at_end': ClipAtEnd,
-    'absorbing_ends': AbsorbingEnds,
     'cosine': Cosine,
     'clip_gradients': ClipGradients,
     'anneal_expectile': AnnealExpectile,
-    'frozen_field': FrozenField,
 }
 
 
@@ -186,10 +161,6 @@ def validate_config(config):
                 f'agent.stabilizer={config.stabilizer!r}: expected some of {", ".join(STABILIZERS)}, each once, joined '
                 "by '+'"
             )
-    if 'frozen_field' in names and config.joint_adam:
-        raise UserError(
-            'agent.stabilizer=frozen_field with agent.joint_adam=True: one Adam over all moves the field too'
-        )
     common.require_at_least(1, config, 'stabilizer_steps')
 
 

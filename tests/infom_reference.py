@@ -103,6 +103,11 @@ def occupancy_loss(params, target, config, batch, draws, bounds, frozen=None):
     future_state = euler(target['vector_field'], config, bounds, next_noise, next_s, next_a, frozen_z)
     x = t * future_state + (1 - t) * next_noise
     goal = vector_field(target['vector_field'], config, x, t, next_s, next_a, frozen_z)
+    if config.absorbing_ends and 'reward_observations' in batch:
+        over = batch['masks'] == 0
+        last_s = batch['reward_observations'][over]
+        x[over] = t[over] * last_s + (1 - t[over]) * next_noise[over]
+        goal[over] = last_s - next_noise[over]
     future_z = z if config.future_intention_gradient else frozen_z
     future = ((goal - vector_field(params['vector_field'], config, x, t, s, a, future_z)) ** 2).mean(-1)
 

@@ -33,6 +33,7 @@ VARIANTS = {
         num_flow_steps=3,
         clip_flow_goals=False,
         future_intention_gradient=True,
+        absorbing_ends=False,
     ),
 }
 REWARD_AT = {'defaults': 'observations', 'switched': 'next_observations'}  # As on OGBench, as on ExORL.
@@ -44,6 +45,7 @@ class Case:
 
     def __init__(self, name):
         self.batch = tiny.make_batch(reward_at=REWARD_AT[name])
+        self.batch['masks'] = self.batch['masks'].at[2].set(0.0)
         self.agent = tiny.make_agent(self.batch, **VARIANTS[name])
         self.config = self.agent.config
         self.params = reference.float64(self.agent.params)

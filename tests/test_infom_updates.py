@@ -207,6 +207,27 @@ def test_first_adam_step_has_the_size_of_the_learning_rate():
         np.testing.assert_allclose(largest, size, rtol=1e-2)
 
 
+@pytest.mark.parametrize(('case', 'joint_adam'), [(state_case, False), (state_case, True), (image_case, False)])
+def test_the_occupancy_model_has_a_rate_of_its_own_in_fine_tuning(case, joint_adam):
+    agent, batch = case()
+    agent = tiny.compiled('begin_finetuning')(tiny.with_config(agent, joint_adam=joint_adam), batch, KEY)
+    finetune = tiny.compiled('finetune', update_actor=True)
+
+    def moves(rate):
+        after, _ = finetune(tiny.with_config(agent, finetuning_field_rate=rate), batch, KEY)
+        return jax.tree.map(lambda new, old: new - old, after.params, agent.params)
+
+    full, tenth, none = moves(1.0), moves(0.1), moves(0.0)
+    occupancy_model = {'vector_field', 'intention_encoder', 'encoder'} & agent.params.keys()
+    for name in agent.params:
+        assert any_nonzero(full[name]), name
+        share = 0.1 if name in occupancy_model else 1.0
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, share * y, atol=1e-7), tenth[name], full[name])  # noqa: B023
+        assert any_nonzero(none[name]) == (name not in occupancy_model), name
+    pretrained, _ = tiny.compiled('pretrain')(tiny.with_config(agent, finetuning_field_rate=0.0), batch, KEY)
+    assert not equal(pretrained.params['vector_field'], agent.params['vector_field'])
+
+
 def test_begin_finetuning_copies_online_to_target():
     agent, batch = image_case()
     assert not equal(agent.params['encoder'], agent.target_params['encoder'])
@@ -292,6 +313,7 @@ def test_actions_of_images():
         (dict(num_flow_goals=0), 'num_flow_goals'),
         (dict(num_flow_steps=-1), 'num_flow_steps'),
         (dict(num_critic_latents=0), 'num_critic_latents'),
+        (dict(finetuning_field_rate=-0.1), 'finetuning_field_rate'),
     ],
 )
 def test_impossible_configurations_are_user_errors(overrides, message):
