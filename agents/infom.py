@@ -417,7 +417,7 @@ def get_config():
             discount=0.99,  # γ.
             tau=0.005,  # Rate of the target networks' moving average.
             expectile=0.9,  # μ of the critic's expectile loss.
-            absorbing_ends=True,  # The occupancy model stays where the task ends (mask 0); published: it goes on past it.
+            absorbing_ends=True,  # The occupancy model stays where the task ends (mask 0); published: it goes on.
             future_intention_gradient=False,  # Let z learn from ℓ_fut as well as from ℓ_cur.
             kl_weight=0.01,  # λ; the KL term is a mean over Z.
             alpha=10.0,  # Weight of behavioural cloning in the actor loss; tuned per task.

@@ -222,7 +222,7 @@ def test_the_occupancy_model_has_a_rate_of_its_own_in_fine_tuning(case, joint_ad
     for name in agent.params:
         assert any_nonzero(full[name]), name
         share = 0.1 if name in occupancy_model else 1.0
-        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, share * y, atol=1e-7), tenth[name], full[name])  # noqa: B023
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, share * y, atol=1e-7), tenth[name], full[name])
         assert any_nonzero(none[name]) == (name not in occupancy_model), name
     pretrained, _ = tiny.compiled('pretrain')(tiny.with_config(agent, finetuning_field_rate=0.0), batch, KEY)
     assert not equal(pretrained.params['vector_field'], agent.params['vector_field'])

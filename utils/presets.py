@@ -131,8 +131,8 @@ PRESETS = {
             'reward_weight_decay': 1.0,
         },
         image_agent={},
-        # InFOM's futures come from bootstrapping alone: at γ = 0.99 the product has to be several hundred. In fine-tuning
-        # the field's learning rate is the paper preset's, 3e-5.
+        # InFOM's futures come from bootstrapping alone: at γ = 0.99 the product has to be several hundred. In
+        # fine-tuning the field's learning rate is the paper preset's, 3e-5.
         one_agent={'infom': {'tau': 0.05, 'finetuning_field_rate': 0.03}},
     ),
     # Seconds: everything runs, nothing is learnt.
