@@ -1,5 +1,5 @@
 """What the published code does otherwise and a user may choose: one Adam over all modules, a normaliser for every file,
-next actions across the ends of episodes; and the preset that chooses all of it."""
+next actions across the ends of episodes; and the preset that chooses all of it, InFOM's own included."""
 
 import jax
 import jax.numpy as jnp
@@ -106,6 +106,7 @@ def test_the_published_preset_chooses_all_of_it():
     settings = presets.resolve('infom', 'cheetah_run', 'published')
     assert settings.agent['joint_adam'] is True and settings.agent['value_layer_norm'] is False
     assert settings.agent['actor_tau'] == 1
+    assert settings.agent['absorbing_ends'] is False and settings.agent['finetuning_field_rate'] == 1
     assert settings.flags['obs_norm_per_split'] is True and settings.flags['next_actions_across_episodes'] is True
     # What the table says of LayerNorm wins, and other agents had it on.
     later = presets.resolve('infom', 'cube-single-play-singletask-task3-v0', 'published')
@@ -113,6 +114,7 @@ def test_the_published_preset_chooses_all_of_it():
     assert 'value_layer_norm' not in presets.resolve('iql', 'cheetah_run', 'published').agent
     paper = presets.resolve('infom', 'cheetah_run', 'paper')
     assert paper.flags['obs_norm_per_split'] is False and 'joint_adam' not in paper.agent
-    assert agents.load('infom').get_config().joint_adam is False
+    defaults = agents.load('infom').get_config()
+    assert defaults.joint_adam is False and defaults.absorbing_ends is True and defaults.finetuning_field_rate == 0.1
     same = {key: value for key, value in paper.flags.items() if settings.flags[key] != value}
     assert set(same) == {'obs_norm_per_split', 'next_actions_across_episodes'}
