@@ -7,7 +7,8 @@ every `actor_freq`-th fine-tuning step by a static flag. Everything else is ordi
 per flag, an unrolled Euler loop, no host synchronisation between updates. Buffers are not donated, as published code
 does not. Written without the agent's losses and networks, which makes it a second derivation of the same mathematics;
 random keys are split in the agent's order, so that equal parameters and keys give equal losses
-(`tests/test_benchmarks.py`). States only. Timing is `benchmarks/throughput.py`.
+(`tests/test_benchmarks.py`) where no label ends the task: as published, the occupancy goes on past it. States only.
+Timing is `benchmarks/throughput.py`.
 """
 
 import functools
