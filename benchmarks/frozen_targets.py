@@ -93,8 +93,8 @@ def measure(
     evaluator: a `utils.evaluation.Evaluator` of the run's task.
 
     Raises:
-        UserError: no run of InFOM with a checkpoint of fine-tuning, or its data, or what it began with, are not where
-            they were.
+        UserError: no run of InFOM with a checkpoint of fine-tuning; its data, or what it began with, are not where they
+            were; `interval` does not divide `updates`, or is no multiple of the run's `actor_freq`.
     """
     look = open_run(directory, dataset_dir=dataset_dir)
     if look.config['agent_name'] != 'infom':
@@ -103,7 +103,12 @@ def measure(
     if not finetuned:
         raise UserError(f'{directory}: no checkpoint of fine-tuning')
     pretrained, _, _ = look.load_agent(_beginning(look))
-    _, normalizer, _ = look.load_agent(finetuned[0])
+    agent, normalizer, _ = look.load_agent(finetuned[0])
+    if updates % interval or interval % agent.config.actor_freq:
+        raise UserError(
+            f"--interval={interval}: expected a divisor of --updates={updates} and a multiple of the run's "
+            f'agent.actor_freq={agent.config.actor_freq}'
+        )
     labelled = look.make_dataset(look.load_raw('finetuning', 'train'), normalizer)
     held_out = look.make_dataset(look.load_raw('finetuning'), normalizer)
     keys = training.stream_keys([look.seed], 'finetuning')
@@ -112,14 +117,15 @@ def measure(
         taught_by, _, meta = look.load_agent(path)
         agents = jax.tree.map(lambda x: x[None], on_frozen_targets(taught_by, pretrained))
         for start in tqdm(range(0, updates, interval), desc=f'targets of {meta["step"]:,}', unit='interval'):
-            end = min(start + interval, updates)
             arguments = agents, labelled, keys, np.int32(start)
-            agents, _ = training.train_chunk(*arguments, phase='finetuning', n=end - start)
+            agents, _ = training.train_chunk(*arguments, phase='finetuning', n=interval)
             policy = training.make_policy(agents, normalizer, [look.seed])
             (scores,) = evaluator.evaluate(policy, 1, [look.seed], episodes)
             found = agreements(jax.tree.map(lambda x: x[0], agents), held_out, jax.random.key(0))
             success = scores.get('episode.success', np.nan)
-            rows.append((name, look.seed, meta['step'], end, scores['episode.return'], success, *found.values()))
+            rows.append(
+                (name, look.seed, meta['step'], start + interval, scores['episode.return'], success, *found.values())
+            )
     return rows
 
 
@@ -149,8 +155,6 @@ def main(argv):
 
     directory = Path(argv[1]).expanduser()
     output = Path(FLAGS.output).expanduser() if FLAGS.output else directory
-    if FLAGS.updates % FLAGS.interval:
-        raise UserError(f'--interval={FLAGS.interval}: expected a divisor of --updates={FLAGS.updates}')
     require_writable(output)
     config = open_run(directory).config
     make_env = functools.partial(envs.make_env, config['env_name'], frame_stack=config.get('frame_stack', 1))

@@ -71,3 +71,10 @@ def test_what_it_is_not_for(agent, phases, message, folder):
     run = make_run(folder, folder, agent, phases)
     with pytest.raises(UserError, match=message):
         frozen_targets.measure(run, None, updates=2, interval=2, episodes=1)
+
+
+@pytest.mark.parametrize(('updates', 'interval'), [(8, 3), (6, 3)])
+def test_intervals_that_do_not_fit(updates, interval, folder):
+    run = make_run(folder, folder, 'infom', data.PHASES)
+    with pytest.raises(UserError, match='--interval=3: expected a divisor'):
+        frozen_targets.measure(run, None, updates=updates, interval=interval, episodes=1)
