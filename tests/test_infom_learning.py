@@ -178,16 +178,16 @@ def test_fine_tuning_prefers_the_arm_that_leads_to_reward():
     labelled['masks'] = labelled['masks'].astype(np.float32)
     config = small_config(alpha=0.02, num_flow_steps=5, actor_tau=0.05)  # An average as short as the training.
     agents = training.create_agents(InFOMAgent, SEEDS, datasets.example_batch(make_dataset(raw)), config)
-    agents = train(agents, SEEDS, make_dataset(raw), 'pretraining', 3000)
+    agents = train(agents, SEEDS, make_dataset(raw), 'pretraining', 2000)
 
     def mode(agents):
         return np.asarray(jax.vmap(lambda agent: agent.act(jnp.zeros((1, 1)), jax.random.key(0), 0.0))(agents)).ravel()
 
     assert np.abs(mode(agents)).max() < 0.2, 'the clone is indifferent'
     agents = training.begin_finetuning(agents, make_dataset(labelled), training.stream_keys(SEEDS, 'begin_finetuning'))
-    agents = train(agents, SEEDS, make_dataset(labelled), 'finetuning', 2000)
-    assert mode(agents).min() > 0.2, f'modes {mode(agents)}'
+    agents = train(agents, SEEDS, make_dataset(labelled), 'finetuning', 1000)
+    assert mode(agents).min() > 0.3, f'modes {mode(agents)}'
     right, left = (
         jax.vmap(lambda agent: agent.q_values(jnp.zeros((1, 1)), jnp.full((1, 1), a)))(agents) for a in (0.5, -0.5)
     )
-    assert (right - left).min() > 6, f'Q {right.ravel()} to the right, {left.ravel()} to the left'
+    assert (right - left).min() > 3, f'Q {right.ravel()} to the right, {left.ravel()} to the left'

@@ -1,4 +1,5 @@
-"""The candidates against instability: each changes what it says, and nothing where none is named."""
+"""The candidates against instability: each changes what it says, and nothing where none is named; and ends that absorb,
+which became a default."""
 
 import functools
 
@@ -130,6 +131,27 @@ def test_clipping_at_the_end():
     np.testing.assert_allclose(futures, np.clip(unclipped, lower, upper), rtol=1e-4, atol=1e-5)
     stepwise = reference.euler(params['vector_field'], config, tiny.OBSERVED_RANGE, noise, s, a, z)
     assert np.abs(futures - stepwise).max() > 1e-3
+
+
+@pytest.mark.parametrize('reward_at', ['observations', 'next_observations'])
+def test_absorbing_ends(reward_at):
+    agent, batch = make_case()
+    batch = {**batch, 'reward_observations': batch[reward_at]}
+    plain, _ = make_case(absorbing_ends=False)
+    z = jax.random.normal(KEY, (tiny.BATCH_SIZE, 4))
+    times = jax.random.uniform(KEY, (tiny.BATCH_SIZE, 1))
+    x, target = agent.future_term(batch, z, times, KEY)
+    x_plain, target_plain = plain.future_term(batch, z, times, KEY)
+    others = np.arange(tiny.BATCH_SIZE) != 2
+    np.testing.assert_array_equal(x[others], x_plain[others])
+    np.testing.assert_array_equal(target[others], target_plain[others])
+    # Straight from the noise to s̃: the velocity is constant, and leads from x_t to s̃ in the time that is left.
+    ending = batch['reward_observations'][2]
+    np.testing.assert_allclose(x[2] + (1 - times[2]) * target[2], ending, rtol=1e-5, atol=1e-6)
+    assert np.abs(x_plain[2] + (1 - times[2]) * target_plain[2] - ending).max() > 1e-2
+    # Reward-free data end nothing.
+    del batch['reward_observations']
+    np.testing.assert_array_equal(agent.future_term(batch, z, times, KEY), plain.future_term(batch, z, times, KEY))
 
 
 def test_cosine():
