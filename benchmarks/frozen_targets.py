@@ -55,10 +55,9 @@ class OnFrozenTargets(InFOMAgent):
 
 def on_frozen_targets(finetuned: InFOMAgent, pretrained: InFOMAgent) -> OnFrozenTargets:
     """Critic and actor of `pretrained`, Adam states and all, in front of the targets of `finetuned`."""
-    fields = {field.name: getattr(pretrained, field.name) for field in dataclasses.fields(finetuned)}
-    taught_by = {name: params for name, params in finetuned.params.items() if name not in ('critic', 'actor')}
-    fields['params'] = pretrained.params | taught_by
-    fields |= {name: getattr(finetuned, name) for name in ('target_params', 'flow_bounds', 'representation', 'config')}
+    fields = {field.name: getattr(finetuned, field.name) for field in dataclasses.fields(finetuned)}
+    fresh = {name: pretrained.params[name] for name in ('critic', 'actor')}
+    fields |= {'params': finetuned.params | fresh, 'opt_states': pretrained.opt_states}
     return OnFrozenTargets(**fields)
 
 

@@ -1,7 +1,6 @@
 """`python -m benchmarks.frozen_targets`: critic and actor from the start, on a checkpoint's targets."""
 
 import functools
-import shutil
 
 import jax
 import numpy as np
@@ -11,23 +10,14 @@ import envs
 from benchmarks import frozen_targets
 from envs import data
 from tests.test_infom_updates import equal
-from tests.test_inspect import SPEC, TASK, data_dir, make_run  # noqa: F401
-from utils import inspect
+from tests.test_inspect import TASK, data_dir, make_run, training_data  # noqa: F401
+from utils import datasets, inspect
 from utils.errors import UserError
 from utils.evaluation import Evaluator
 
 
-@pytest.fixture
-def folder(data_dir, tmp_path, monkeypatch):  # noqa: F811
-    """A folder of data, whose held-out rows are those that are trained on."""
-    for phase in data.PHASES:
-        for split in ('train', 'val'):
-            shutil.copy(data.task_path(SPEC, phase, 'val', data_dir), data.task_path(SPEC, phase, split, tmp_path))
-    return tmp_path
-
-
-def test_a_fresh_critic_learns_targets_that_stand_still(folder):
-    run = make_run(folder, folder, 'infom', data.PHASES)
+def test_a_fresh_critic_learns_targets_that_stand_still(training_data):  # noqa: F811
+    run = make_run(training_data, training_data, 'infom', data.PHASES)
     with Evaluator(functools.partial(envs.make_env, TASK), 1) as evaluator:
         rows = frozen_targets.measure(run, evaluator, updates=3_000, interval=1_500, episodes=1)
     assert [row[:4] for row in rows] == [('infom', 3, 20, 1_500), ('infom', 3, 20, 3_000)]
@@ -42,8 +32,8 @@ def test_a_fresh_critic_learns_targets_that_stand_still(folder):
     assert untrained['agreement_over_rows'] < 0.5 and found['agreement_over_rows'][1] > 0.7
 
 
-def test_what_stands_still_and_what_is_fresh(folder):
-    look = inspect.open_run(make_run(folder, folder, 'infom', data.PHASES))
+def test_what_stands_still_and_what_is_fresh(training_data):  # noqa: F811
+    look = inspect.open_run(make_run(training_data, training_data, 'infom', data.PHASES))
     pretrained, finetuned = (look.load_agent(path)[0] for path in look.checkpoints)
     moved = jax.tree.map(lambda x: x + 1, finetuned.params)
     agent = frozen_targets.on_frozen_targets(finetuned.replace(params=moved), pretrained)
@@ -56,8 +46,6 @@ def test_what_stands_still_and_what_is_fresh(folder):
 
 
 def _labelled(look):
-    from utils import datasets
-
     _, look.normalizer, _ = look.load_agent(look.checkpoints[0])
     dataset = look.make_dataset(look.load_raw('finetuning'))
     return datasets.gather_batch(dataset, np.arange(8), {'next_actions'}), jax.random.key(0)
@@ -67,14 +55,14 @@ def _labelled(look):
     ('agent', 'phases', 'message'),
     [('iql', data.PHASES, 'iql: expected InFOM'), ('infom', data.PHASES[:1], 'no checkpoint of fine-tuning')],
 )
-def test_what_it_is_not_for(agent, phases, message, folder):
-    run = make_run(folder, folder, agent, phases)
+def test_what_it_is_not_for(agent, phases, message, training_data):  # noqa: F811
+    run = make_run(training_data, training_data, agent, phases)
     with pytest.raises(UserError, match=message):
         frozen_targets.measure(run, None, updates=2, interval=2, episodes=1)
 
 
 @pytest.mark.parametrize(('updates', 'interval'), [(8, 3), (6, 3)])
-def test_intervals_that_do_not_fit(updates, interval, folder):
-    run = make_run(folder, folder, 'infom', data.PHASES)
+def test_intervals_that_do_not_fit(updates, interval, training_data):  # noqa: F811
+    run = make_run(training_data, training_data, 'infom', data.PHASES)
     with pytest.raises(UserError, match='--interval=3: expected a divisor'):
         frozen_targets.measure(run, None, updates=updates, interval=interval, episodes=1)

@@ -36,6 +36,15 @@ def data_dir(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def training_data(data_dir, tmp_path):
+    """A folder of data, whose held-out rows are those that are trained on."""
+    for phase in data.PHASES:
+        for split in ('train', 'val'):
+            shutil.copy(data.task_path(SPEC, phase, 'val', data_dir), data.task_path(SPEC, phase, split, tmp_path))
+    return tmp_path
+
+
 def make_run(folder, data_dir, agent_name, phases, num_seeds=1, dataset=None, obs_norm_per_split=False):
     """A run directory as `utils.experiment` leaves one behind, of untrained tiny agents: a checkpoint after each
     phase. dataset: of the user's own. obs_norm_per_split: each phase's rows have a normaliser of their own."""

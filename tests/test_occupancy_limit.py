@@ -1,12 +1,10 @@
 """`python -m benchmarks.occupancy_limit`: the same field, taught by the futures that came."""
 
-import shutil
-
 import pytest
 
 from benchmarks import occupancy, occupancy_limit
 from envs import data
-from tests.test_inspect import SPEC, data_dir, make_run  # noqa: F401
+from tests.test_inspect import data_dir, make_run, training_data  # noqa: F401
 from utils.errors import UserError
 
 NUM_STATES = 16
@@ -14,14 +12,10 @@ FLOW, MARGINAL = occupancy.SHOWN
 
 
 @pytest.fixture
-def folder(data_dir, tmp_path, monkeypatch):  # noqa: F811
-    """A folder of data, whose held-out rows are those that are trained on."""
+def folder(training_data, monkeypatch):  # noqa: F811
     for module in (occupancy, occupancy_limit):
         monkeypatch.setattr(module, 'NUM_FUTURES', 16)
-    for phase in data.PHASES:
-        for split in ('train', 'val'):
-            shutil.copy(data.task_path(SPEC, phase, 'val', data_dir), data.task_path(SPEC, phase, split, tmp_path))
-    return tmp_path
+    return training_data
 
 
 def test_the_field_learns_from_futures_and_is_scored_as_the_run_is(folder):
