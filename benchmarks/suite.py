@@ -1,6 +1,6 @@
 """Throughput of several agents, sizes and seeds: one process each, one table for all.
 
-    python -m benchmarks.suite [--only=iql,visual] [--output=results/throughput]
+    python -m benchmarks.suite [--only=iql,visual] [--jobs=8] [--output=results/throughput]
 
 Runs `benchmarks.throughput` for every entry of the device's kind, one after the other, so that each has the machine and
 its memory to itself. Leaves `throughput.jsonl` (a line for each entry, machine and versions included; another device's
@@ -8,10 +8,15 @@ lines are kept) and `README.md` (the table) in the output folder, written anew a
 keeps what it has.
 """
 
+import contextlib
 import datetime
+import itertools
 import json
+import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from absl import flags
@@ -22,6 +27,8 @@ from utils import cli, runs
 from utils.errors import UserError, last_line
 
 FLAGS = flags.FLAGS
+
+COMPILED = 'compiled'  # What a measurement says before it waits for its turn.
 
 BASELINES = [agent for agent in agents.available() if agent != 'infom']
 CUBE = 'cube-single-play-singletask-task1-v0'
@@ -59,13 +66,37 @@ def command(entry) -> list[str]:
     return [sys.executable, '-m', 'benchmarks.throughput', *(f'--{name}={value}' for name, value in entry.items())]
 
 
-def measure(entry) -> dict:
-    """The JSON line of one entry. Raises UserError with the last line of its errors if it fails."""
-    result = subprocess.run(command(entry), capture_output=True, text=True, check=False)
-    if result.returncode:
-        raise UserError(f'{" ".join(command(entry)[1:])}: {last_line(result.stderr) or "no message"}')
-    report = json.loads(result.stdout.splitlines()[-1])
-    return {'date': datetime.datetime.now(datetime.UTC).date().isoformat(), 'flags': entry, **report}
+def measure(entries) -> Iterator[dict]:
+    """The JSON line of each entry. They are compiled side by side, and measured one after the other when all are.
+
+    Raises UserError with the last line of its errors if one fails.
+    """
+    with contextlib.ExitStack() as stack:
+        # Several share a GPU's memory, so that none may take it all at the start.
+        sharing = {'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'} if len(entries) > 1 else {}
+        running = []
+        for entry in entries:
+            errors = stack.enter_context(tempfile.TemporaryFile('w+'))
+            pipes = {'stdin': subprocess.PIPE, 'stdout': subprocess.PIPE, 'stderr': errors}
+            process = subprocess.Popen([*command(entry), '--wait'], env=os.environ | sharing, text=True, **pipes)
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+            running.append((entry, process, errors))
+        for entry, process, errors in running:
+            if process.stdout.readline().strip() != COMPILED:
+                raise _failed(entry, process, errors)
+        for entry, process, errors in running:
+            output, _ = process.communicate('\n')
+            if process.returncode:
+                raise _failed(entry, process, errors)
+            report = json.loads(output.splitlines()[-1])
+            yield {'date': datetime.datetime.now(datetime.UTC).date().isoformat(), 'flags': entry, **report}
+
+
+def _failed(entry, process, errors) -> UserError:
+    process.wait()
+    errors.seek(0)
+    return UserError(f'{" ".join(command(entry)[1:])}: {last_line(errors.read()) or "no message"}')
 
 
 def place(report) -> tuple:
@@ -163,8 +194,8 @@ def main(_):
     runs.require_writable(directory)
     path = directory / 'throughput.jsonl'
     reports = read(path)
-    for entry in tqdm(entries, desc='suite', unit='entry'):
-        report = measure(entry)
+    groups = [entries[first : first + FLAGS.jobs] for first in range(0, len(entries), FLAGS.jobs)]
+    for report in tqdm(itertools.chain.from_iterable(map(measure, groups)), 'suite', len(entries), unit='entry'):
         reports = [other for other in reports if not same_place(report, other)] + [report]
         write(path, reports, 'README.md', markdown(reports))
     print(markdown(reports))
@@ -172,5 +203,6 @@ def main(_):
 
 if __name__ == '__main__':
     flags.DEFINE_list('only', [], 'Agents to measure, or parts of the names of tasks, as in visual; empty for all.')
+    flags.DEFINE_integer('jobs', 1, 'Entries compiled side by side, for accelerators.', lower_bound=1)
     flags.DEFINE_string('output', 'results/throughput', 'Folder of throughput.jsonl and README.md.')
     cli.run(main)

@@ -14,6 +14,7 @@ import datetime
 import functools
 import statistics
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -68,6 +69,35 @@ def all_rows_at_once(function, *arrays, samples_per_row=1):
     return jax.vmap(function)(*arrays)
 
 
+def layer_norm_of_moments(x, scale, bias):
+    """`networks._layer_norm_forward` with the variance as E x² − (E x)²."""
+    mean = x.mean(axis=-1, keepdims=True)
+    variance = jnp.maximum(0.0, (x * x).mean(axis=-1, keepdims=True) - mean**2)
+    inverse_std = jax.lax.rsqrt(variance + networks.LAYER_NORM_EPSILON)
+    return (x - mean) * (inverse_std * scale) + bias, (x, mean, inverse_std, scale)
+
+
+def moments_layer_norm():
+    """`networks.layer_norm` with `layer_norm_of_moments` as its forward pass."""
+
+    @jax.custom_vjp
+    def layer_norm(x, scale, bias):
+        return layer_norm_of_moments(x, scale, bias)[0]
+
+    layer_norm.defvjp(layer_norm_of_moments, networks._layer_norm_backward)
+    return layer_norm
+
+
+def without_options(*left_out):
+    """`processor.compiler_options` without those options; without any if none is named."""
+    options = processor.compiler_options
+
+    def remaining(backend):
+        return {name: value for name, value in options(backend).items() if left_out and name not in left_out}
+
+    return [mock.patch.object(processor, 'compiler_options', remaining)]
+
+
 def flax_layer_norm():
     return nn.LayerNorm(epsilon=networks.LAYER_NORM_EPSILON)
 
@@ -91,13 +121,14 @@ def undonated_chunk():
 class Technique:
     """`without` gives the patches that take it out; `single_updates`: without it a call makes one update, or one
     period of the actor; `agent`: settings without it; `num_seeds`: side by side, against one after the other (times are
-    of all)."""
+    of all); `backends`: those that have it."""
 
     text: str
     without: Callable[[], list] = list
     single_updates: bool = False
     agent: dict = dataclasses.field(default_factory=dict)
     num_seeds: int = 1
+    backends: tuple[str, ...] = ('cpu', 'gpu', 'tpu')
 
 
 TECHNIQUES = {
@@ -110,7 +141,13 @@ TECHNIQUES = {
         lambda: [mock.patch.object(infom, 'VectorField', UnhoistedField)],
     ),
     'blocks': Technique(
-        'flows in blocks of two halves (CPU only)', lambda: [mock.patch.object(infom, 'map_rows', all_rows_at_once)]
+        'flows in blocks of two halves (CPU only)',
+        lambda: [mock.patch.object(infom, 'map_rows', all_rows_at_once)],
+        backends=('cpu',),
+    ),
+    'centred variance': Technique(
+        "LayerNorm's variance of centred values, against E x² − (E x)²",
+        lambda: [mock.patch.object(networks, 'layer_norm', moments_layer_norm())],
     ),
     'layer norm': Technique(
         "LayerNorm's gradient in closed form",
@@ -120,9 +157,16 @@ TECHNIQUES = {
         'agents updated in their own memory', lambda: [mock.patch.object(training, 'train_chunk', undonated_chunk())]
     ),
     'own Adams': Technique('an Adam for each module, of those that learn', agent={'joint_adam': True}),
-    'wide vectors': Technique(
-        'vectors of 512 bits (CPUs with AVX-512 only)',
-        lambda: [mock.patch.object(processor, 'compiler_options', dict)],
+    'wide vectors': Technique('vectors of 512 bits (CPUs with AVX-512 only)', without_options, backends=('cpu',)),
+    'concurrent graphs': Technique(
+        'operations that do not depend on each other side by side in CUDA graphs (GPU only)',
+        functools.partial(without_options, 'xla_gpu_command_buffer_scheduling_mode'),
+        backends=('gpu',),
+    ),
+    'graphs': Technique(
+        'CUDA graphs (GPU only), against none',
+        lambda: [mock.patch.object(processor, 'compiler_options', lambda _: {'xla_gpu_enable_command_buffer': ''})],
+        backends=('gpu',),
     ),
     'flat Adam': Technique(
         'not taken: parameters as they are, against one vector for each module',
@@ -132,8 +176,9 @@ TECHNIQUES = {
 }
 
 
-def without_technique(technique: Technique, problem, phase, updates) -> throughput.Loop:
-    """The loop of `updates` updates without a technique, compiled."""
+def prepare_without(technique: Technique, problem, phase, updates, initial, compilers) -> Callable[[], throughput.Loop]:
+    """The loop of `updates` updates without a technique, as `throughput.prepare_loop` gives it; `initial(config)` makes
+    the agents."""
     chunk = updates
     if technique.single_updates:
         chunk = problem.config.actor_freq if phase == 'finetuning' else 1
@@ -144,23 +189,20 @@ def without_technique(technique: Technique, problem, phase, updates) -> throughp
         for patch in technique.without():
             stack.enter_context(patch)
         jax.clear_caches()  # Traces do not know that what they called has changed.
-        without = throughput.our_loop(plain, phase, chunk, calls=updates // chunk * technique.num_seeds)
+        calls = updates // chunk * technique.num_seeds
+        ready = throughput.prepare_loop(
+            plain, phase, chunk, calls=calls, agents=initial(plain.config), compilers=compilers
+        )
     jax.clear_caches()
-    return dataclasses.replace(without, updates=updates)  # Of each seed.
+    return lambda: dataclasses.replace(ready(), updates=updates)  # Of each seed.
 
 
-def measure(technique: Technique, problem, updates: dict, repeats: int, ours) -> dict:
-    """{phase: {'ratio', 'ratio_min', 'ratio_max', 'ms' with and 'without_ms' without it}}.
-
-    ours(phase, num_seeds): the loop with all techniques.
-    """
+def measure(loops, repeats: int) -> dict:
+    """Of {phase: {'ours': loop, 'without': loop}}: {phase: {'ratio', 'ratio_min', 'ratio_max', and 'ms' with and
+    'without_ms' without the technique}}."""
     result = {}
-    for phase in throughput.PHASES:
-        loops = {
-            'ours': ours(phase, technique.num_seeds),
-            'without': without_technique(technique, problem, phase, updates[phase]),
-        }
-        times = throughput.measure(loops, repeats, phase)
+    for phase, pair in loops.items():
+        times = throughput.measure(pair, repeats, phase)
         medians = {'ms': statistics.median(times['ours']), 'without_ms': statistics.median(times['without'])}
         result[phase] = throughput.paired_ratio(times['without'], times['ours']) | medians
     return result
@@ -213,15 +255,42 @@ def main(_):
     about = throughput.machine() | {'date': datetime.datetime.now(datetime.UTC).date().isoformat()}
 
     @functools.cache
-    def ours(phase, num_seeds):
-        return throughput.our_loop(problem, phase, updates[phase], num_seeds)
+    def initial(config, num_seeds=1):
+        return training.create_agents(problem.agent_class, list(range(num_seeds)), problem.example, config)
 
-    for name in tqdm(FLAGS.only or TECHNIQUES, desc='techniques', unit='technique'):
-        measured = measure(TECHNIQUES[name], problem, updates, FLAGS.repeats, ours)
-        settings = {setting: getattr(FLAGS, setting) for setting in ('preset', 'env_name', 'precision')}
-        report = {'technique': name, **settings, **measured, **about}
-        reports = [other for other in reports if not suite.same_place(report, other, ENTRY)] + [report]
-        suite.write(path, reports, 'techniques.md', markdown(reports))
+    names = FLAGS.only or [name for name, each in TECHNIQUES.items() if about['platform'] in each.backends]
+    progress = tqdm(total=len(names), desc='techniques', unit='technique')
+    for first in range(0, len(names), FLAGS.compilers):
+        # As many as are compiled at a time; then none is, while they are measured.
+        group = names[first : first + FLAGS.compilers]
+        with ThreadPoolExecutor(FLAGS.compilers) as compilers:
+
+            @functools.cache
+            def ours(phase, num_seeds, compilers=compilers):
+                options = {'agents': initial(problem.config, num_seeds), 'compilers': compilers}
+                return throughput.prepare_loop(problem, phase, updates[phase], num_seeds, **options)
+
+            preparing = {
+                name: {
+                    phase: {
+                        'ours': ours(phase, TECHNIQUES[name].num_seeds),
+                        'without': prepare_without(
+                            TECHNIQUES[name], problem, phase, updates[phase], initial, compilers
+                        ),
+                    }
+                    for phase in throughput.PHASES
+                }
+                for name in group
+            }
+        made = functools.cache(lambda ready: ready())
+        for name, phases in preparing.items():
+            loops = {phase: {which: made(ready) for which, ready in pair.items()} for phase, pair in phases.items()}
+            settings = {setting: getattr(FLAGS, setting) for setting in ('preset', 'env_name', 'precision')}
+            report = {'technique': name, **settings, **measure(loops, FLAGS.repeats), **about}
+            reports = [other for other in reports if not suite.same_place(report, other, ENTRY)] + [report]
+            suite.write(path, reports, 'techniques.md', markdown(reports))
+            progress.update()
+    progress.close()
     print(markdown(reports))
 
 

@@ -18,6 +18,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from tqdm import tqdm
 
 import agents
 import envs
-from benchmarks import arithmetic, host_loop
+from benchmarks import arithmetic, host_loop, suite
 from utils import cli, devices, presets, training
 from utils.datasets import Dataset, example_batch
 from utils.flags import avoid_crash_on_images
@@ -54,8 +55,14 @@ flags.DEFINE_integer(
 flags.DEFINE_integer('repeats', 7, 'turns of each loop in each phase', lower_bound=1)
 flags.DEFINE_integer('rows', 100_000, 'rows of the synthetic data', lower_bound=10)
 flags.DEFINE_integer('num_seeds', 1, 'seeds trained side by side', lower_bound=1)
+flags.DEFINE_bool(
+    'wait', False, f'say "{suite.COMPILED}" and wait for a line on standard input before anything is measured'
+)
 PRECISION = flag_fields()['precision']
 flags.DEFINE_enum('precision', PRECISION.default, PRECISION.metadata['choices'], PRECISION.metadata['help'])
+flags.DEFINE_integer(
+    'compilers', 1, 'programs compiled at a time; their compile times are then of several', lower_bound=1
+)
 flags.DEFINE_integer('batch_size', None, "rows of a batch instead of the preset's", lower_bound=1)
 
 
@@ -141,28 +148,46 @@ def timed(run) -> float:
     return time.perf_counter() - began
 
 
-def our_loop(problem: Problem, phase: str, updates: int, num_seeds: int = 1, calls: int = 1) -> Loop:
+def prepare_loop(
+    problem: Problem, phase: str, updates: int, num_seeds: int = 1, *, calls: int = 1, agents=None, compilers: Executor
+) -> Callable[[], Loop]:
     """The agent in the compiled chunk of `utils/training.py`, data on the device, seeds 0, 1, … side by side; a turn is
-    `calls` calls of `updates` updates, dispatched one after the other and waited for once."""
+    `calls` calls of `updates` updates, dispatched one after the other and waited for once.
+
+    Traced now and compiled by the executor; what is returned waits for the program and makes the first turn. agents:
+    where to start, instead of new ones; they are copied.
+    """
     dataset = jax.device_put(problem.dataset(phase))
     seeds = list(range(num_seeds))
-    state = training.create_agents(problem.agent_class, seeds, problem.example, problem.config)
+    if agents is None:
+        agents = training.create_agents(problem.agent_class, seeds, problem.example, problem.config)
     keys = training.stream_keys(seeds, phase)
     traced = functools.partial(training.train_chunk.__wrapped__, phase=phase, n=updates)
-    gflop = arithmetic.matmul_flops(traced, state, dataset, keys, jnp.int32(0)) / updates / num_seeds / 1e9
+    gflop = arithmetic.matmul_flops(traced, agents, dataset, keys, jnp.int32(0)) / updates / num_seeds / 1e9
     began = time.perf_counter()
-    chunk, _ = training.compile_chunk(state, dataset, keys, phase=phase, n=updates)
-    start = 0
+    compile_program = training.trace_chunk(agents, dataset, keys, phase=phase, n=updates)
+    seconds = time.perf_counter() - began
 
-    def run():
-        nonlocal state, start
-        for _ in range(calls):
-            state, metrics = chunk(state, dataset, keys, np.int32(start))
-            start += updates
-        jax.block_until_ready((state, metrics))
+    def compiled():
+        began = time.perf_counter()
+        return compile_program(), time.perf_counter() - began
 
-    run()
-    return Loop(run, updates * calls, time.perf_counter() - began, gflop, megabytes_of(chunk))
+    program = compilers.submit(compiled)
+
+    def ready() -> Loop:
+        chunk, more_seconds = program.result()
+        state, start = jax.tree.map(jnp.copy, agents), 0
+
+        def run():
+            nonlocal state, start
+            for _ in range(calls):
+                state, metrics = chunk(state, dataset, keys, np.int32(start))
+                start += updates
+            jax.block_until_ready((state, metrics))
+
+        return Loop(run, updates * calls, seconds + more_seconds + timed(run), gflop, megabytes_of(chunk))
+
+    return ready
 
 
 def megabytes_of(compiled) -> float | None:
@@ -293,16 +318,22 @@ def main(_):
     about = machine()
     problem = make_problem(agent, values.env_name, values.preset, values.rows, values.batch_size)
     updates = updates_of_a_turn(problem.config)
+    with ThreadPoolExecutor(values.compilers) as compilers:
+        preparing = {
+            phase: prepare_loop(problem, phase, updates[phase], values.num_seeds, compilers=compilers)
+            for phase in PHASES
+        }
+        loops = {phase: {'ours': ready()} for phase, ready in preparing.items()}
+    if agent in HOST_LOOPS and not task.visual and values.num_seeds == 1:
+        for phase in PHASES:
+            loops[phase]['host'] = plain_loop(problem, phase, updates[phase])
+    if values.wait:
+        print(suite.COMPILED, flush=True)
+        input()
     measured, rates = {}, []
     for phase in PHASES:
-        loops = {'ours': our_loop(problem, phase, updates[phase], values.num_seeds)}
-        if agent in HOST_LOOPS and not task.visual and values.num_seeds == 1:
-            loops['host'] = plain_loop(problem, phase, updates[phase])
         rates.append(arithmetic.measure_matmul_rate() / 1e9)
-        times = measure(loops, values.repeats, phase)
-        # Without what runs them: the agents and data of this phase make room for those of the next.
-        measured[phase] = {name: dataclasses.replace(loop, run=None) for name, loop in loops.items()}, times
-        del loops
+        measured[phase] = loops[phase], measure(loops[phase], values.repeats, phase)
         rates.append(arithmetic.measure_matmul_rate() / 1e9)
     results = {phase: summarize(*of_phase, values.num_seeds, max(rates)) for phase, of_phase in measured.items()}
 

@@ -6,6 +6,7 @@ How fast anything is, is not tested here.
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -193,7 +194,8 @@ def test_shares_are_arithmetic_over_time_and_rate():
 
 def test_any_agent_is_measured_alone():
     problem = throughput.make_problem('iql', 'cheetah_run', 'smoke', rows=2000)
-    loop = throughput.our_loop(problem, 'pretraining', updates=2, num_seeds=2)
+    with ThreadPoolExecutor(1) as compilers:
+        loop = throughput.prepare_loop(problem, 'pretraining', updates=2, num_seeds=2, compilers=compilers)()
     loop.run()
     assert loop.gflop > 0 and loop.megabytes > 0
 

@@ -18,7 +18,7 @@ from utils import training
 from utils.datasets import example_batch
 
 ROOT = Path(__file__).resolve().parents[1]
-PATCHED = ('unrolling', 'hoisting', 'blocks', 'layer norm', 'flat Adam')
+PATCHED = ('unrolling', 'hoisting', 'blocks', 'layer norm', 'centred variance', 'flat Adam')
 
 
 def update(without=()):

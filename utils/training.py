@@ -181,13 +181,18 @@ def train_chunk(agents, source, keys, start, *, phase: str, n: int):
     return devices.spread(agents, 'seed'), devices.spread(metrics)
 
 
+def trace_chunk(agents, source, keys, *, phase: str, n: int):
+    """Traces `train_chunk` for these arguments; returns a function that compiles it, in any thread, to a function of
+    (agents, source, keys, start)."""
+    with devices.tracing(devices.mesh_of(agents)):
+        lowered = train_chunk.lower(agents, source, keys, np.int32(0), phase=phase, n=n)
+    return functools.partial(lowered.compile, compiler_options=processor.compiler_options(jax.default_backend()))
+
+
 def compile_chunk(agents, source, keys, *, phase: str, n: int):
     """Compiles `train_chunk` ahead of time; returns (function of (agents, source, keys, start), seconds)."""
     began = time.perf_counter()
-    with devices.tracing(devices.mesh_of(agents)):
-        lowered = train_chunk.lower(agents, source, keys, np.int32(0), phase=phase, n=n)
-        options = processor.compiler_options() if jax.default_backend() == 'cpu' else None
-        compiled = lowered.compile(compiler_options=options)
+    compiled = trace_chunk(agents, source, keys, phase=phase, n=n)()
     return compiled, time.perf_counter() - began
 
 
