@@ -93,6 +93,12 @@ def measure(entries) -> Iterator[dict]:
             yield {'date': datetime.datetime.now(datetime.UTC).date().isoformat(), 'flags': entry, **report}
 
 
+def wait_for_turn() -> None:
+    """What `--wait` asks of a measurement that has compiled."""
+    print(COMPILED, flush=True)
+    input()
+
+
 def _failed(entry, process, errors) -> UserError:
     process.wait()
     errors.seek(0)

@@ -34,6 +34,11 @@ from utils.errors import UserError
 
 FLAGS = flags.FLAGS
 
+CONCURRENT_GRAPHS = {
+    'xla_gpu_enable_command_buffer': 'FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL',
+    'xla_gpu_graph_min_graph_size': 1,
+    'xla_gpu_command_buffer_scheduling_mode': 'CONCURRENT',
+}
 ENTRY = 'technique', 'preset', 'env_name', 'precision'  # What tells two lines of one machine apart.
 
 
@@ -88,14 +93,8 @@ def moments_layer_norm():
     return layer_norm
 
 
-def without_options(*left_out):
-    """`processor.compiler_options` without those options; without any if none is named."""
-    options = processor.compiler_options
-
-    def remaining(backend):
-        return {name: value for name, value in options(backend).items() if left_out and name not in left_out}
-
-    return [mock.patch.object(processor, 'compiler_options', remaining)]
+def with_options(options):
+    return [mock.patch.object(processor, 'compiler_options', lambda backend: options)]
 
 
 def flax_layer_norm():
@@ -157,15 +156,17 @@ TECHNIQUES = {
         'agents updated in their own memory', lambda: [mock.patch.object(training, 'train_chunk', undonated_chunk())]
     ),
     'own Adams': Technique('an Adam for each module, of those that learn', agent={'joint_adam': True}),
-    'wide vectors': Technique('vectors of 512 bits (CPUs with AVX-512 only)', without_options, backends=('cpu',)),
-    'concurrent graphs': Technique(
-        'operations that do not depend on each other side by side in CUDA graphs (GPU only)',
-        functools.partial(without_options, 'xla_gpu_command_buffer_scheduling_mode'),
-        backends=('gpu',),
+    'wide vectors': Technique(
+        'vectors of 512 bits (CPUs with AVX-512 only)', lambda: with_options({}), backends=('cpu',)
     ),
     'graphs': Technique(
         'CUDA graphs (GPU only), against none',
-        lambda: [mock.patch.object(processor, 'compiler_options', lambda _: {'xla_gpu_enable_command_buffer': ''})],
+        lambda: with_options({'xla_gpu_enable_command_buffer': ''}),
+        backends=('gpu',),
+    ),
+    'concurrent graphs': Technique(
+        'not taken: the operations of CUDA graphs in their order, against side by side (GPU only)',
+        lambda: with_options(CONCURRENT_GRAPHS),
         backends=('gpu',),
     ),
     'flat Adam': Technique(
@@ -283,6 +284,12 @@ def main(_):
                 for name in group
             }
         made = functools.cache(lambda ready: ready())
+        if FLAGS.wait:
+            for ready in (
+                ready for phases in preparing.values() for pair in phases.values() for ready in pair.values()
+            ):
+                made(ready)
+            suite.wait_for_turn()
         for name, phases in preparing.items():
             loops = {phase: {which: made(ready) for which, ready in pair.items()} for phase, pair in phases.items()}
             settings = {setting: getattr(FLAGS, setting) for setting in ('preset', 'env_name', 'precision')}

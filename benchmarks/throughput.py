@@ -328,8 +328,7 @@ def main(_):
         for phase in PHASES:
             loops[phase]['host'] = plain_loop(problem, phase, updates[phase])
     if values.wait:
-        print(suite.COMPILED, flush=True)
-        input()
+        suite.wait_for_turn()
     measured, rates = {}, []
     for phase in PHASES:
         rates.append(arithmetic.measure_matmul_rate() / 1e9)

@@ -14,7 +14,7 @@ import pytest
 from agents.infom import InFOMAgent
 from benchmarks import techniques, throughput
 from tests.tiny import make_agent, make_batch, make_config, make_dataset, random_walks
-from utils import training
+from utils import processor, training
 from utils.datasets import example_batch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,3 +90,16 @@ def test_what_cannot_be_measured_gets_one_line(flag, expected, tmp_path):
     refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert refused.returncode == 2 and expected in refused.stderr and 'Traceback' not in refused.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_options_are_those_of_the_compiler():
+    """Those of GPUs, too: XLA knows their names and values wherever it runs, and refuses others."""
+    program = jax.jit(lambda x: x + 1).lower(jnp.ones(8))
+    for name in ('graphs', 'concurrent graphs'):
+        with contextlib.ExitStack() as stack:
+            for patch in techniques.TECHNIQUES[name].without():
+                stack.enter_context(patch)
+            options = processor.compiler_options('gpu')
+        assert options and jnp.allclose(program.compile(compiler_options=options)(jnp.zeros(8)), 1.0)
+    with pytest.raises(Exception, match='xla_gpu_enable_command_buffer'):
+        program.compile(compiler_options={'xla_gpu_enable_command_buffer': 'EVERYTHING'})

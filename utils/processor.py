@@ -3,14 +3,6 @@
 import functools
 from pathlib import Path
 
-# What a GPU's command buffers (CUDA graphs) hold. XLA's default leaves out conditionals and slices at places that are
-# computed, and puts operations that do not depend on each other one after the other.
-GRAPH_OPTIONS = {
-    'xla_gpu_enable_command_buffer': 'FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL',
-    'xla_gpu_graph_min_graph_size': 1,
-    'xla_gpu_command_buffer_scheduling_mode': 'CONCURRENT',
-}
-
 
 @functools.cache
 def has_avx512() -> bool:
@@ -20,8 +12,5 @@ def has_avx512() -> bool:
 
 
 def compiler_options(backend: str) -> dict:
-    """XLA's options for a program that runs for long on a `backend` as `jax.default_backend` names them; they count
-    above XLA_FLAGS."""
-    if backend == 'gpu':
-        return GRAPH_OPTIONS
+    """XLA's options for a program that runs for long on a `backend` as `jax.default_backend` names them."""
     return {'xla_cpu_prefer_vector_width': 512} if backend == 'cpu' and has_avx512() else {}
