@@ -3,9 +3,10 @@
     python -m benchmarks.suite [--only=iql,visual] [--jobs=8] [--output=results/throughput]
 
 Runs `benchmarks.throughput` for every entry of the device's kind, one after the other, so that each has the machine and
-its memory to itself. Leaves `throughput.jsonl` (a line for each entry, machine and versions included; another device's
-lines are kept) and `README.md` (the table) in the output folder, written anew after every entry: an interrupted suite
-keeps what it has.
+its memory to itself; with `--jobs` so many share the memory and are compiled side by side, which is most of the time on
+an accelerator, before they are measured one after the other. Leaves `throughput.jsonl` (a line for each entry, machine
+and versions included; another device's lines are kept) and `README.md` (the table) in the output folder, written anew
+after every entry: an interrupted suite keeps what it has.
 """
 
 import contextlib
@@ -91,12 +92,6 @@ def measure(entries) -> Iterator[dict]:
                 raise _failed(entry, process, errors)
             report = json.loads(output.splitlines()[-1])
             yield {'date': datetime.datetime.now(datetime.UTC).date().isoformat(), 'flags': entry, **report}
-
-
-def wait_for_turn() -> None:
-    """What `--wait` asks of a measurement that has compiled."""
-    print(COMPILED, flush=True)
-    input()
 
 
 def _failed(entry, process, errors) -> UserError:

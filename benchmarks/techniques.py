@@ -284,12 +284,6 @@ def main(_):
                 for name in group
             }
         made = functools.cache(lambda ready: ready())
-        if FLAGS.wait:
-            for ready in (
-                ready for phases in preparing.values() for pair in phases.values() for ready in pair.values()
-            ):
-                made(ready)
-            suite.wait_for_turn()
         for name, phases in preparing.items():
             loops = {phase: {which: made(ready) for which, ready in pair.items()} for phase, pair in phases.items()}
             settings = {setting: getattr(FLAGS, setting) for setting in ('preset', 'env_name', 'precision')}

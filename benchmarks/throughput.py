@@ -55,9 +55,6 @@ flags.DEFINE_integer(
 flags.DEFINE_integer('repeats', 7, 'turns of each loop in each phase', lower_bound=1)
 flags.DEFINE_integer('rows', 100_000, 'rows of the synthetic data', lower_bound=10)
 flags.DEFINE_integer('num_seeds', 1, 'seeds trained side by side', lower_bound=1)
-flags.DEFINE_bool(
-    'wait', False, f'say "{suite.COMPILED}" and wait for a line on standard input before anything is measured'
-)
 PRECISION = flag_fields()['precision']
 flags.DEFINE_enum('precision', PRECISION.default, PRECISION.metadata['choices'], PRECISION.metadata['help'])
 flags.DEFINE_integer(
@@ -328,7 +325,8 @@ def main(_):
         for phase in PHASES:
             loops[phase]['host'] = plain_loop(problem, phase, updates[phase])
     if values.wait:
-        suite.wait_for_turn()
+        print(suite.COMPILED, flush=True)
+        input()
     measured, rates = {}, []
     for phase in PHASES:
         rates.append(arithmetic.measure_matmul_rate() / 1e9)
@@ -352,4 +350,7 @@ def main(_):
 
 
 if __name__ == '__main__':
+    flags.DEFINE_bool(
+        'wait', False, f'say "{suite.COMPILED}" and wait for a line on standard input before anything is measured'
+    )
     cli.run(main)

@@ -222,6 +222,17 @@ def test_the_suite_keeps_one_line_for_each_entry_and_device(tmp_path):
     assert [json.loads(line)['device'] for line in (tmp_path / 'throughput.jsonl').open()] == ['cpu', 'gpu']
 
 
+def test_entries_are_compiled_side_by_side_and_measured_in_turn():
+    short = {'preset': 'smoke', 'rows': 2000, 'updates': 2, 'finetuning_updates': 2, 'repeats': 1}
+    entries = [{'agent': agent, **short} for agent in ('iql', 'rebrac')]
+    reports = list(suite.measure(entries))
+    assert [report['agent'] for report in reports] == ['iql', 'rebrac']
+    assert [report['flags'] for report in reports] == entries
+    assert all(report[f'{phase}_ms'] > 0 for report in reports for phase in ('pretrain', 'finetune'))
+    with pytest.raises(UserError, match='num_seeds'):
+        next(suite.measure([*entries, {'agent': 'iql', 'num_seeds': 0}]))
+
+
 def test_entries_are_chosen_by_agent_or_task():
     entries = suite.ENTRIES['cpu']
     assert suite.chosen(entries, []) == entries
