@@ -34,6 +34,7 @@ from utils.errors import UserError
 
 FLAGS = flags.FLAGS
 
+# What does not depend on each other runs side by side, and more kinds of operations are in a graph than by default.
 CONCURRENT_GRAPHS = {
     'xla_gpu_enable_command_buffer': 'FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL',
     'xla_gpu_graph_min_graph_size': 1,
@@ -82,15 +83,13 @@ def layer_norm_of_moments(x, scale, bias):
     return (x - mean) * (inverse_std * scale) + bias, (x, mean, inverse_std, scale)
 
 
-def moments_layer_norm():
+@jax.custom_vjp
+def moments_layer_norm(x, scale, bias):
     """`networks.layer_norm` with `layer_norm_of_moments` as its forward pass."""
+    return layer_norm_of_moments(x, scale, bias)[0]
 
-    @jax.custom_vjp
-    def layer_norm(x, scale, bias):
-        return layer_norm_of_moments(x, scale, bias)[0]
 
-    layer_norm.defvjp(layer_norm_of_moments, networks._layer_norm_backward)
-    return layer_norm
+moments_layer_norm.defvjp(layer_norm_of_moments, networks._layer_norm_backward)
 
 
 def with_options(options):
@@ -146,7 +145,7 @@ TECHNIQUES = {
     ),
     'centred variance': Technique(
         "LayerNorm's variance of centred values, against E x² − (E x)²",
-        lambda: [mock.patch.object(networks, 'layer_norm', moments_layer_norm())],
+        lambda: [mock.patch.object(networks, 'layer_norm', moments_layer_norm)],
     ),
     'layer norm': Technique(
         "LayerNorm's gradient in closed form",
@@ -256,41 +255,38 @@ def main(_):
     about = throughput.machine() | {'date': datetime.datetime.now(datetime.UTC).date().isoformat()}
 
     @functools.cache
-    def initial(config, num_seeds=1):
+    def created(config, num_seeds):
         return training.create_agents(problem.agent_class, list(range(num_seeds)), problem.example, config)
+
+    def initial(config, num_seeds=1):
+        return jax.tree.map(jnp.copy, created(config, num_seeds))
 
     names = FLAGS.only or [name for name, each in TECHNIQUES.items() if about['platform'] in each.backends]
     progress = tqdm(total=len(names), desc='techniques', unit='technique')
-    for first in range(0, len(names), FLAGS.compilers):
-        # As many as are compiled at a time; then none is, while they are measured.
-        group = names[first : first + FLAGS.compilers]
-        with ThreadPoolExecutor(FLAGS.compilers) as compilers:
+    with ThreadPoolExecutor(FLAGS.compilers) as compilers:
 
-            @functools.cache
-            def ours(phase, num_seeds, compilers=compilers):
-                options = {'agents': initial(problem.config, num_seeds), 'compilers': compilers}
-                return throughput.prepare_loop(problem, phase, updates[phase], num_seeds, **options)
+        @functools.cache
+        def ours(phase, num_seeds):
+            options = {'agents': initial(problem.config, num_seeds), 'compilers': compilers}
+            return functools.cache(throughput.prepare_loop(problem, phase, updates[phase], num_seeds, **options))
 
+        def prepare(technique, phase):
+            without = prepare_without(technique, problem, phase, updates[phase], initial, compilers)
+            return {'ours': ours(phase, technique.num_seeds), 'without': without}
+
+        for first in range(0, len(names), FLAGS.compilers):
+            group = names[first : first + FLAGS.compilers]
             preparing = {
-                name: {
-                    phase: {
-                        'ours': ours(phase, TECHNIQUES[name].num_seeds),
-                        'without': prepare_without(
-                            TECHNIQUES[name], problem, phase, updates[phase], initial, compilers
-                        ),
-                    }
-                    for phase in throughput.PHASES
-                }
-                for name in group
+                name: {phase: prepare(TECHNIQUES[name], phase) for phase in throughput.PHASES} for name in group
             }
-        made = functools.cache(lambda ready: ready())
-        for name, phases in preparing.items():
-            loops = {phase: {which: made(ready) for which, ready in pair.items()} for phase, pair in phases.items()}
-            settings = {setting: getattr(FLAGS, setting) for setting in ('preset', 'env_name', 'precision')}
-            report = {'technique': name, **settings, **measure(loops, FLAGS.repeats), **about}
-            reports = [other for other in reports if not suite.same_place(report, other, ENTRY)] + [report]
-            suite.write(path, reports, 'techniques.md', markdown(reports))
-            progress.update()
+            # All of them are compiled before one is measured.
+            loops = jax.tree.map(lambda ready: ready(), preparing)
+            for name in group:
+                settings = {setting: getattr(FLAGS, setting) for setting in ('preset', 'env_name', 'precision')}
+                report = {'technique': name, **settings, **measure(loops[name], FLAGS.repeats), **about}
+                reports = [other for other in reports if not suite.same_place(report, other, ENTRY)] + [report]
+                suite.write(path, reports, 'techniques.md', markdown(reports))
+                progress.update()
     progress.close()
     print(markdown(reports))
 

@@ -152,7 +152,7 @@ def prepare_loop(
     `calls` calls of `updates` updates, dispatched one after the other and waited for once.
 
     Traced now and compiled by the executor; what is returned waits for the program and makes the first turn. agents:
-    where to start, instead of new ones; they are copied.
+    where to start, instead of new ones; they are given away.
     """
     dataset = jax.device_put(problem.dataset(phase))
     seeds = list(range(num_seeds))
@@ -173,7 +173,7 @@ def prepare_loop(
 
     def ready() -> Loop:
         chunk, more_seconds = program.result()
-        state, start = jax.tree.map(jnp.copy, agents), 0
+        state, start = agents, 0
 
         def run():
             nonlocal state, start
