@@ -50,6 +50,8 @@ class InFOMAgent(flax.struct.PyTreeNode):
     networks: Networks = flax.struct.field(pytree_node=False)
     config: ml_collections.FrozenConfigDict = flax.struct.field(pytree_node=False)
 
+    finetuning_state = stabilizers.STATE  # Names of what fine-tuning may start afresh from any pre-training.
+
     @property
     def needs(self) -> frozenset:
         """What a batch must hold besides observations, actions, next observations (and rewards)."""

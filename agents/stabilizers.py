@@ -28,6 +28,7 @@ SETTINGS = dict(
 
 STEP = 'finetuning_step'  # Beside the Adam states: fine-tuning updates so far.
 REWARD_RANGE = 'reward_range'  # The same: (lowest, highest) label of the batches so far.
+STATE = (STEP, REWARD_RANGE)
 
 
 class FinetuningStep:

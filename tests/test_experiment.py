@@ -12,7 +12,7 @@ import pytest
 from absl import flags
 
 import envs
-from agents import fb_iql
+from agents import fb_iql, stabilizers
 from tests.tiny import random_walks
 from utils import checkpoints, runs, saved_policy, training
 from utils.errors import TrainingDiverged, UserError
@@ -312,6 +312,19 @@ def test_one_checkpoint_fine_tunes_on_its_own(finished, tmp_path):
     assert run_status(config.run_dir) == FINISHED
     written.write_text(json.dumps(started | {'finetuning_steps': started['finetuning_steps'] + 10}))
     assert run_status(config.run_dir) == 'not finished: at step 48 of 58'
+
+
+def test_a_stabilizer_starts_from_a_pretraining_without_it_and_is_kept_from_then_on(finished, tmp_path):
+    reference, *_ = finished
+    for steps in (8, 16):
+        config = make_config(
+            tmp_path, f'--restore_path={reference.run_dir}', '--pretraining_steps=0', f'--finetuning_steps={steps}',
+            '--agent.stabilizer=cosine', phases=('finetuning',),
+        )  # fmt: skip
+        with make_experiment(config, calls=[], first_phase='finetuning') as experiment:
+            experiment.finetune()
+        arrays = checkpoints.read_arrays(config.run_dir / 'checkpoints' / str(24 + steps))
+        assert arrays[f'opt_states.{stabilizers.STEP}'].tolist() == [steps]
 
 
 def test_the_pretraining_that_a_run_fine_tunes_stays_the_same(quick, tmp_path):

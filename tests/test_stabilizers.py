@@ -13,7 +13,7 @@ from agents import common, stabilizers
 from agents.infom import InFOMAgent
 from tests import infom_reference as reference
 from tests import tiny, tiny_agents
-from utils import datasets, training
+from utils import checkpoints, datasets, training
 from utils.errors import UserError
 
 KEY = jax.random.key(11)
@@ -74,6 +74,24 @@ def test_chunks_of_two_seeds_with_all_of_them():
     lowest, highest = agents.opt_states[stabilizers.REWARD_RANGE]
     labels = data.rewards[data.transition_rows]
     assert (lowest >= labels.min()).all() and (highest <= labels.max()).all() and (lowest < highest).all()
+
+
+@pytest.mark.parametrize(('before', 'after'), [('', 'cosine+clip_rewards'), ('cosine+clip_rewards', '')])
+def test_any_pretraining_fits_any_of_them(tmp_path, before, after):
+    """What they keep in fine-tuning is not asked of a pre-training's checkpoint, all else is."""
+    batch = tiny_agents.make_batch()
+    saved, template = (tiny_agents.make_agent('infom', batch, stabilizer=name) for name in (before, after))
+    saved = saved.replace(params=jax.tree.map(lambda x: x + 1, saved.params))
+    with checkpoints.CheckpointWriter(tmp_path) as writer:
+        writer.save(1, saved, {'phase': 'pretraining'})
+    restored = checkpoints.restore(tmp_path, template, InFOMAgent.finetuning_state)
+    jax.tree.map(np.testing.assert_array_equal, restored.params, saved.params)
+    kept = restored.opt_states.keys() & set(stabilizers.STATE)
+    assert kept == (set(stabilizers.STATE) if after else set())
+    for name in kept:
+        jax.tree.map(np.testing.assert_array_equal, restored.opt_states[name], template.opt_states[name])
+    with pytest.raises(UserError, match=r'opt_states\.(finetuning_step|reward_range)'):
+        checkpoints.restore(tmp_path, template)
 
 
 def test_clipped_rewards():

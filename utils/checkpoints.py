@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import zlib
+from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
@@ -190,7 +191,7 @@ def load_meta(path: str | os.PathLike) -> dict:
     return meta
 
 
-def restore(path: str | os.PathLike, template: Any) -> Any:
+def restore(path: str | os.PathLike, template: Any, optional: Collection[str] = ()) -> Any:
     """The state saved in a checkpoint, bit for bit, in the structure of `template`.
 
     Args:
@@ -198,15 +199,20 @@ def restore(path: str | os.PathLike, template: Any) -> Any:
         template: a pytree with the structure, shapes and dtypes to expect. Leaves may be jax arrays or
             `jax.ShapeDtypeStruct`s (the result is a jax array, on the leaf's sharding if it has one) or numpy arrays
             (the result is a numpy array). The values of the template are not looked at.
+        optional: parts of dotted names. A leaf with one of them may be in the template alone, whose value is then the
+            result, or in the checkpoint alone.
     Raises:
         UserError: damaged or newer checkpoint, or one that does not fit the template: names the leaf that differs.
     """
     path, index = _open_checkpoint(path)
     leaves, structure = _named_leaves(template)
-    _check_fit(path, index['leaves'], leaves)
+    extra = {name for name in leaves.keys() ^ index['leaves'].keys() if not set(name.split('.')).isdisjoint(optional)}
+    stored = {name: entry for name, entry in index['leaves'].items() if name not in extra}
+    _check_fit(path, stored, {name: leaf for name, leaf in leaves.items() if name not in extra})
     _check_files(path, index['files'])
     arrays = _read_arrays(path, index['leaves'])
-    return jax.tree.unflatten(structure, [_placed_like(leaf, arrays[name]) for name, leaf in leaves.items()])
+    values = [_placed_like(leaf, arrays[name]) if name in stored else leaf for name, leaf in leaves.items()]
+    return jax.tree.unflatten(structure, values)
 
 
 def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:

@@ -133,7 +133,9 @@ class Experiment:
         agents = training.create_agents(agent_class, self.seeds, example, config.agent)
         self.agents = devices.place(agents, self.mesh, 'seed')
         if path is not None:
-            self.agents = checkpoints.restore(path, self.agents)
+            # A pre-training has no say in what belongs to fine-tuning alone.
+            optional = getattr(self.agents, 'finetuning_state', ()) if own is None else ()
+            self.agents = checkpoints.restore(path, self.agents, optional)
         if own is not None:
             self._start_info = resume.check_start(meta, config, self.directory)
         else:
