@@ -61,14 +61,16 @@ def compare(problem, num_seeds: int, updates: dict[str, int], chunks: int, devic
             begin_keys = training.stream_keys(seeds, 'begin_finetuning')
             state = jax.device_get(training.begin_finetuning(jax.device_put(state), jax.device_put(data), begin_keys))
 
-        def train(where, start, state=state, data=data, keys=keys, phase=phase):
-            arguments = jax.device_put((state, data, keys), where)
-            return training.train_chunk(*arguments, np.int32(start), phase=phase, n=updates[phase])
+        inputs = {where: jax.device_put((data, keys), where) for where in (host, device)}
+
+        def train(where, start):
+            agents = jax.device_put(state, where)
+            return training.train_chunk(agents, *inputs[where], np.int32(start), phase=phase, n=updates[phase])
 
         for start in range(0, chunks * updates[phase], updates[phase]):
-            _, on_device = train(device, start, state)
+            _, on_device = train(device, start)
             with devices.host_precision():
-                state, on_host = jax.device_get(train(host, start, state))
+                state, on_host = jax.device_get(train(host, start))
             yield from differences(phase, start, on_host, on_device)
 
 

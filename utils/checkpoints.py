@@ -198,7 +198,7 @@ def restore(path: str | os.PathLike, template: Any, optional: Collection[str] = 
         path: anything that `resolve` accepts.
         template: a pytree with the structure, shapes and dtypes to expect. Leaves may be jax arrays or
             `jax.ShapeDtypeStruct`s (the result is a jax array, on the leaf's sharding if it has one) or numpy arrays
-            (the result is a numpy array). The values of the template are not looked at.
+            (the result is a numpy array). Its values are not looked at, but for those of `optional`.
         optional: parts of dotted names. A leaf with one of them may be in the template alone, whose value is then the
             result, or in the checkpoint alone.
     Raises:
