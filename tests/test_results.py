@@ -197,6 +197,24 @@ def test_runs_of_unequal_lengths_compare_at_a_common_one(tmp_path):
     ]  # fmt: skip
 
 
+def test_a_stopped_run_counts_at_a_length_that_it_has_reached(tmp_path):
+    """Whether it was killed, or stopped after it had been made longer; not if an evaluation there is missing of one of
+    its seeds."""
+    write_run(tmp_path, 'g/whole', {2: [0.1, 0.2, 0.3]})
+    write_run(tmp_path, 'g/killed', {3: [0.1, 0.2, 0.6, 0.9, 0.9]}, finished=False)
+    half = write_run(tmp_path, 'g/half', {4: [0.1, 0.2, 0.3, 0.4], 5: [0.1, 0.2, 0.3, 0.4]}, finished=False)
+    lines = (half / 'metrics.jsonl').read_text().splitlines(keepends=True)
+    (half / 'metrics.jsonl').write_text(''.join(lines[:-1]))
+    (write_run(tmp_path, 'g/cut', {6: [0.1, 0.2, 0.3, 0.4]}) / 'config.json').write_text('{"agent_na')
+    assert [curve.run for curve in collect(tmp_path).curves] == ['g/whole']
+    collection = collect(tmp_path, finetuning_steps=200)
+    assert {curve.run: curve.score for curve in collection.curves} == pytest.approx({'g/killed': 30, 'g/whole': 20})
+    assert reason(collection, 'g/half') == 'it was not evaluated after 200 fine-tuning updates'
+    assert reason(collection, 'g/cut').startswith('config.json is damaged')
+    with pytest.raises(UserError, match=r'g/killed: not finished: at step 400 of 500'):
+        collect(tmp_path, finetuning_steps=400)
+
+
 def test_one_seed_in_two_runs_is_left_out_of_both(tmp_path):
     write_run(tmp_path, 'a/same', {0: [0.1, 0.2, 0.3], 1: [0.1, 0.2, 0.3]})
     write_run(tmp_path, 'b/same', {1: [0.9, 0.9, 0.9], 2: [0.1, 0.2, 0.3]})

@@ -4,7 +4,8 @@ has to be said of them.
 A run counts when it is finished and intact; all others are named with a reason. What the command line of a run chose
 (its explicit settings) makes the method; what the presets chose per task does not. Runs of one method on one task that
 differ in any other setting, or in their data, are told apart by it: two different things are never averaged.
-Runs of different lengths are compared at a common one: `collect(…, finetuning_steps=…)`.
+Runs of different lengths are compared at a common one: `collect(…, finetuning_steps=…)`. One that has come so far
+counts there, though it was stopped later on, or still goes on.
 """
 
 import dataclasses
@@ -206,7 +207,7 @@ def find_runs(directory: Path) -> Iterator[Path]:
 
 def _read_run(name: str, directory: Path, finetuning_steps: int | None) -> CollectedRun:
     """Raises `UserError` with the reason why the run does not count."""
-    status = run_status(directory)
+    status = run_status(directory, finetuning_steps)
     if status != FINISHED:
         raise UserError(status)
     config = read_json(directory / 'config.json')

@@ -162,7 +162,10 @@ def main(argv):
 if __name__ == '__main__':
     flags.DEFINE_string('output', None, 'Where the files go (default: results/ in the directory itself).')
     flags.DEFINE_integer(
-        'finetuning_steps', None, 'Compare all runs after so many updates; shorter ones are left out.', lower_bound=1
+        'finetuning_steps',
+        None,
+        'Compare all runs after so many updates, stopped ones too; shorter ones are left out.',
+        lower_bound=1,
     )
     flags.DEFINE_list('metrics', ['*'], 'Metrics in results.csv, by name or pattern.')
     cli.run(main, positional=('save_dir',))

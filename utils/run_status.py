@@ -11,11 +11,13 @@ from utils.runs import read_metrics
 FINISHED = 'finished'
 
 
-def run_status(run_directory: str | os.PathLike) -> str:
+def run_status(run_directory: str | os.PathLike, finetuning_steps: int | None = None) -> str:
     """`FINISHED`, or what keeps the run from being so, in words: never started, stopped at a step, damaged.
 
     Finished: `summary.json`, which a run writes at its very end, tells of every step that `config.json` asks for, and
     `metrics.jsonl` has just these.
+
+    finetuning_steps: it is enough that `metrics.jsonl` has so many fine-tuning updates, whatever came after them.
     """
     run_directory = Path(run_directory)
     try:
@@ -24,7 +26,10 @@ def run_status(run_directory: str | os.PathLike) -> str:
             return 'stopped before the first line of metrics'
         rows = read_metrics(run_directory / 'metrics.jsonl')
         reached = max((row['step'] for row in rows), default=0)
-        wanted = run_start(config) + config['pretraining_steps'] + config['finetuning_steps']
+        before = run_start(config) + config['pretraining_steps']
+        if finetuning_steps is not None and reached >= before + finetuning_steps:
+            return FINISHED
+        wanted = before + config['finetuning_steps']
         if not (run_directory / 'summary.json').exists():
             return f'not finished: at step {reached} of {wanted}'
         summarised = max(read_json(run_directory / 'summary.json')['steps'].values(), default=0)
