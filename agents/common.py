@@ -152,8 +152,8 @@ def adam_step(agent, modules, loss_fn, rates=None):
 
     `loss_fn(params) -> (loss, metrics)` takes the full dict of parameters. Returns (params, opt_states, metrics).
     With `joint_adam` all modules take the step: those without a gradient move on by their Adam state's momentum, as
-    under the one optimiser over all parameters of the published code. `rates`: factors of the learning rates of some
-    modules; an agent may have a `rate_scale`, a factor () of all of them.
+    under the one optimiser over all parameters of the published code. `rates`: factors () of the learning rates of some
+    modules.
     """
     modules = list(agent.params) if agent.config.joint_adam else modules
     trained = {name: agent.params[name] for name in modules}
@@ -166,8 +166,6 @@ def adam_step(agent, modules, loss_fn, rates=None):
             # Decoupled from the gradient (AdamW, arXiv 1711.05101), and without a state of its own.
             shrinkage = rate * decay
             updates = jax.tree.map(lambda update, param: update - shrinkage * param, updates, params[name])
-        if hasattr(agent, 'rate_scale'):  # Both parts are proportional to the learning rate.
-            updates = jax.tree.map(lambda update: agent.rate_scale * update, updates)
         params[name] = optax.apply_updates(params[name], updates)
     if 'actor' in modules:
         count = opt_states['actor'][0].count

@@ -27,6 +27,8 @@ from utils.flows import clipping_bounds, euler_integrate, map_rows
 from utils.networks import GaussianActor, IntentionEncoder, ScalarHead, VectorField
 from utils.values import intention_values
 
+STEP = 'finetuning_step'  # Beside the Adam states: updates of fine-tuning so far.
+
 
 class Networks(NamedTuple):
     """Module definitions (no parameters); names are the keys of `InFOMAgent.params`."""
@@ -50,7 +52,8 @@ class InFOMAgent(flax.struct.PyTreeNode):
     networks: Networks = flax.struct.field(pytree_node=False)
     config: ml_collections.FrozenConfigDict = flax.struct.field(pytree_node=False)
 
-    finetuning_state = stabilizers.STATE  # Names of what fine-tuning may start afresh from any pre-training.
+    # Names of what fine-tuning may start afresh from any pre-training.
+    finetuning_state = (STEP, *stabilizers.STATE)
 
     @property
     def needs(self) -> frozenset:
@@ -276,10 +279,12 @@ class InFOMAgent(flax.struct.PyTreeNode):
         """One update on labelled data; `update_actor` is static, and without it the actor stays exactly where it is."""
         modules = ['vector_field', 'critic', 'reward', *self.encoder_modules]
         modules += ['actor'] if update_actor else []
-        # Labelled data are few: a field that follows them at the full rate forgets what actions do (docs/stability.md).
-        rates = dict.fromkeys(('vector_field', *self.encoder_modules), self.config.finetuning_field_rate)
+        rates = dict.fromkeys(self.params, self.rate_schedule)
+        for name in ('vector_field', *self.encoder_modules):
+            rates[name] *= self.config.finetuning_field_rate
         loss_fn = lambda params: self.finetuning_loss(params, batch, key, update_actor)  # noqa: E731
-        return self._step(modules, loss_fn, batch, key, rates)
+        agent, metrics = self._step(modules, loss_fn, batch, key, rates)
+        return agent.replace(opt_states=agent.opt_states | {STEP: self.opt_states[STEP] + 1}), metrics
 
     def begin_finetuning(self, labelled_batch, key):
         """The switch between the phases: every target is set to a copy of its online network.
@@ -298,6 +303,22 @@ class InFOMAgent(flax.struct.PyTreeNode):
         """Actions (B, A) in [−1, 1]: the mode plus `temperature` times the policy's noise; 0 gives the mode."""
         means, stds = self.networks.actor.apply({'params': common.acting_actor(self)}, observations)
         return jnp.clip(means + temperature * stds * jax.random.normal(key, means.shape), -1, 1)
+
+    @property
+    def progress(self):
+        """Share of `schedule_steps` that fine-tuning has done: () in [0, 1]."""
+        return jnp.minimum(self.opt_states[STEP] / self.config.schedule_steps, 1.0)
+
+    @property
+    def rate_schedule(self):
+        """Factor of all learning rates in fine-tuning: half a cosine from 1 to 0 (arXiv 1608.03983, eq. 5, without
+        restarts), or always 1.
+
+        Labelled data are few: at constant rates success is lost again in long fine-tuning (docs/stability.md).
+        """
+        if self.config.finetuning_schedule == 'constant' or self.config.schedule_steps is None:
+            return 1.0
+        return 0.5 * (1 + jnp.cos(jnp.pi * self.progress))
 
     @property
     def encoder_modules(self):
@@ -370,7 +391,7 @@ class InFOMAgent(flax.struct.PyTreeNode):
         return cls(
             params=params,
             target_params=common.copy_of({k: params[k] for k in ('vector_field', 'encoder') if k in params}),
-            opt_states=common.init_adam(params, config),
+            opt_states=common.init_adam(params, config) | {STEP: jnp.zeros((), jnp.int32)},
             flow_bounds=flow_bounds,
             representation=intentions.create(jax.random.fold_in(key, 1), example_batch, config),
             networks=networks,
@@ -388,11 +409,19 @@ def validate_config(config):
     common.require_choice(config, 'q_agg', ('min', 'mean'))
     common.require_choice(config, 'critic_latent_type', ('prior', 'encoding', 'aggregate'))
     common.require_at_least(1, config, 'latent_dim', 'num_flow_goals', 'num_flow_steps')
+    common.require_choice(config, 'finetuning_schedule', ('cosine', 'constant'))
     common.require_at_least(0, config, 'finetuning_field_rate')
+    if config.schedule_steps is not None:
+        common.require_at_least(1, config, 'schedule_steps')
     if config.num_critic_latents is not None:
         common.require_at_least(1, config, 'num_critic_latents')
     if config.clip_flow_goals and config.encoder is not None:
         raise UserError("agent.clip_flow_goals=True with an encoder: the features' range is not known; set it to False")
+
+
+def has_schedule(config) -> bool:
+    """Whether anything changes over `schedule_steps`, so that a run has to say how many they are."""
+    return config.finetuning_schedule != 'constant' or 'anneal_expectile' in config.stabilizer
 
 
 def get_config():
@@ -402,7 +431,9 @@ def get_config():
             agent_name='infom',
             lr=3e-4,  # Adam learning rate.
             actor_lr=ml_collections.config_dict.placeholder(float),  # The actor's own learning rate; None: lr.
-            finetuning_field_rate=0.1,  # Fine-tuning's share of the vector field's and its encoders' learning rate.
+            finetuning_schedule='cosine',  # Learning rates of fine-tuning: cosine, to 0; constant, as published.
+            schedule_steps=ml_collections.config_dict.placeholder(int),  # Updates it takes; None: all of a run's.
+            finetuning_field_rate=1.0,  # Fine-tuning's share of the vector field's and its encoders' learning rate.
             actor_tau=0.001,  # Rate, per actor update, of the average of the actor that acts; 1: no average.
             joint_adam=False,  # One Adam over all modules, trained or not, as published.
             batch_size=256,

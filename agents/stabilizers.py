@@ -12,57 +12,29 @@ import optax
 from jax import lax
 from ml_collections import config_dict
 
-from agents import common
 from utils.errors import UserError
 from utils.values import value_range
 
 # The settings that InFOM gains by this file.
 SETTINGS = dict(
     stabilizer='',  # Names of `STABILIZERS`, joined by '+'.
-    stabilizer_steps=50_000,  # Fine-tuning updates over which `cosine` and `anneal_expectile` run.
     critic_layer_norm=config_dict.placeholder(bool),  # The critic's own; None: value_layer_norm.
     actor_weight_decay=0.0,  # Decoupled weight decay (AdamW) of the actor,
     critic_weight_decay=0.0,  # of the critic,
     vector_field_weight_decay=0.0,  # and of the vector field.
 )
 
-STEP = 'finetuning_step'  # Beside the Adam states: fine-tuning updates so far.
-REWARD_RANGE = 'reward_range'  # The same: (lowest, highest) label of the batches so far.
-STATE = (STEP, REWARD_RANGE)
+REWARD_RANGE = 'reward_range'  # Beside the Adam states: (lowest, highest) label of the batches so far.
+STATE = (REWARD_RANGE,)
 
 
-class FinetuningStep:
-    """Counts the updates of fine-tuning."""
-
-    @classmethod
-    def create(cls, key, example_batch, config):
-        agent = super().create(key, example_batch, config)
-        return agent.replace(opt_states=agent.opt_states | {STEP: jnp.zeros((), jnp.int32)})
-
-    @property
-    def progress(self):
-        """Share of `stabilizer_steps` that fine-tuning has done: () in [0, 1]."""
-        return jnp.minimum(self.opt_states[STEP] / self.config.stabilizer_steps, 1.0)
-
-    def finetune(self, batch, key, *, update_actor: bool):
-        agent, metrics = super().finetune(batch, key, update_actor=update_actor)
-        return agent.replace(opt_states=agent.opt_states | {STEP: agent.opt_states[STEP] + 1}), metrics
-
-
-class Cosine(FinetuningStep):
-    """The learning rates of fine-tuning fall to 0 along half a cosine (arXiv 1608.03983, eq. 5, without restarts)."""
-
-    @property
-    def rate_scale(self):
-        return 0.5 * (1 + jnp.cos(jnp.pi * self.progress))
-
-
-class AnnealExpectile(FinetuningStep):
-    """The critic's expectile rises from 0.5, the mean, to its setting."""
+class AnnealExpectile:
+    """The critic's expectile rises from 0.5, the mean, to its setting over `schedule_steps` fine-tuning updates."""
 
     @property
     def expectile(self):
-        return 0.5 + (super().expectile - 0.5) * self.progress
+        progress = 1.0 if self.config.schedule_steps is None else self.progress
+        return 0.5 + (super().expectile - 0.5) * progress
 
 
 class LabelledRange:
@@ -147,14 +119,13 @@ STABILIZERS = {
     'clip_rewards': ClipRewards,
     'bound_q': BoundQ,
     'clip_at_end': ClipAtEnd,
-    'cosine': Cosine,
     'clip_gradients': ClipGradients,
     'anneal_expectile': AnnealExpectile,
 }
 
 
 def validate_config(config):
-    """Raises UserError for a stabiliser that there is not, one named twice or void, and for steps below 1."""
+    """Raises UserError for a stabiliser that there is not, one named twice or void."""
     names = _names(config)
     for name in names:
         if name not in STABILIZERS or names.count(name) > 1:
@@ -162,7 +133,6 @@ def validate_config(config):
                 f'agent.stabilizer={config.stabilizer!r}: expected some of {", ".join(STABILIZERS)}, each once, joined '
                 "by '+'"
             )
-    common.require_at_least(1, config, 'stabilizer_steps')
 
 
 def stabilized(agent_class, config):

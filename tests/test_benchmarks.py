@@ -89,7 +89,7 @@ def test_the_host_loop_has_the_agents_losses(batch, options):
 
 def test_first_updates_agree(batch):
     """Gradients are the same, too: Adam's first step is their sign, and frozen modules have none in either loop."""
-    agent = make_agent(batch, finetuning_field_rate=1.0)  # The host loop's one Adam knows one rate.
+    agent = make_agent(batch)
     state, key = host_state(agent), jax.random.key(6)
     host_after, metrics = state.finetune(batch, key, full_update=True)
     ours_after, _ = jax.jit(agent.finetune, static_argnames='update_actor')(batch, key, update_actor=True)

@@ -13,6 +13,7 @@ from absl import flags
 
 import envs
 from agents import fb_iql, stabilizers
+from agents.infom import STEP
 from tests.tiny import random_walks
 from utils import checkpoints, runs, saved_policy, training
 from utils.errors import TrainingDiverged, UserError
@@ -319,12 +320,26 @@ def test_a_stabilizer_starts_from_a_pretraining_without_it_and_is_kept_from_then
     for steps in (8, 16):
         config = make_config(
             tmp_path, f'--restore_path={reference.run_dir}', '--pretraining_steps=0', f'--finetuning_steps={steps}',
-            '--agent.stabilizer=cosine', phases=('finetuning',),
+            '--agent.stabilizer=clip_rewards', '--agent.finetuning_schedule=constant', phases=('finetuning',),
         )  # fmt: skip
         with make_experiment(config, calls=[], first_phase='finetuning') as experiment:
             experiment.finetune()
         arrays = checkpoints.read_arrays(config.run_dir / 'checkpoints' / str(24 + steps))
-        assert arrays[f'opt_states.{stabilizers.STEP}'].tolist() == [steps]
+        assert arrays[f'opt_states.{STEP}'].tolist() == [steps]
+        lowest, highest = (arrays[f'opt_states.{stabilizers.REWARD_RANGE}.{end}'] for end in (0, 1))
+        assert (lowest < highest).all()
+
+
+def test_a_pretraining_without_what_fine_tuning_counts_can_be_looked_at(finished, tmp_path):
+    config, *_ = finished
+    task = dataclasses.replace(envs.task_spec(TASK), observation_shape=(5,), action_size=3)
+    agents, _, meta = saved_policy.load_agents(config.run_dir / 'checkpoints' / '24', task)
+    older = agents.replace(opt_states={name: state for name, state in agents.opt_states.items() if name != STEP})
+    with checkpoints.CheckpointWriter(tmp_path) as writer:
+        writer.save(24, older, meta)
+    read, *_ = saved_policy.load_agents(tmp_path, task)
+    jax.tree.map(np.testing.assert_array_equal, read, agents)
+    assert read.opt_states[STEP].tolist() == [0]
 
 
 def test_the_pretraining_that_a_run_fine_tunes_stays_the_same(quick, tmp_path):
@@ -470,6 +485,8 @@ def test_nan_stops_the_run_with_step_metric_and_checkpoint(tmp_path):
         (('--seed=1',), r'--seed=0, now it is 1'),
         (('--agent.latent_dim=4',), r'latent_dim=8, now it is 4'),
         (('--finetuning_steps=16',), r'24 fine-tuning updates, more than --finetuning_steps=16'),
+        # Its learning rates have fallen to 0 by then.
+        (('--finetuning_steps=32',), r'--agent.schedule_steps=24, now it is 32'),
     ],
 )
 def test_a_run_directory_of_other_settings_is_refused(finished, arguments, message):
@@ -484,6 +501,17 @@ def test_own_data_may_lie_elsewhere_when_a_run_goes_on(finished):
     before = (config.run_dir / 'config.json').read_bytes()
     check_same_run(config.run_dir, dataclasses.replace(config, dataset='/another/place/mine.npz'))
     assert (config.run_dir / 'config.json').read_bytes() == before
+
+
+def test_a_run_without_fine_tuning_may_go_on_to_it(tmp_path):
+    """The learning rates had no schedule before."""
+    before, after = make_config(tmp_path, '--finetuning_steps=0'), make_config(tmp_path)
+    assert (before.agent.schedule_steps, after.agent.schedule_steps) == (None, 24)
+    (tmp_path / 'config.json').write_text(json.dumps(before.to_dict()))
+    check_same_run(tmp_path, after)
+    (tmp_path / 'config.json').write_text(json.dumps(after.to_dict()))
+    with pytest.raises(UserError, match=r'--agent.schedule_steps=24, now it is None'):
+        check_same_run(tmp_path, before)
 
 
 def test_other_data_are_refused_on_resume(finished):

@@ -268,6 +268,25 @@ def test_a_fitted_interval_says_so():
     assert config.sources['eval_interval'] == 'preset smoke'
 
 
+@pytest.mark.parametrize(
+    ('arguments', 'expected'),
+    [
+        ([], 500_000),
+        (['--preset=smoke', '--finetuning_steps=48'], 48),
+        (['--preset=smoke', '--agent.schedule_steps=36'], 36),
+        (['--preset=smoke', '--finetuning_steps=0'], None),
+        (['--preset=smoke', '--agent.finetuning_schedule=constant'], None),
+        (['--preset=published'], None),
+        (['--preset=smoke', '--agent.finetuning_schedule=constant', '--agent.stabilizer=anneal_expectile'], 40),
+    ],
+)
+def test_a_schedule_is_as_long_as_fine_tuning(arguments, expected):
+    config = parse(*arguments)
+    assert config.agent.schedule_steps == expected
+    if '--agent.schedule_steps=36' not in arguments:
+        assert config.sources['agent.schedule_steps'] == ('as many as finetuning_steps' if expected else 'default')
+
+
 @given(number=st.integers(0, 2_000), block=st.integers(1, 7), limit=st.integers(1, 500))
 def test_largest_divisor(number, block, limit):
     number *= block

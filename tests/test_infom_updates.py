@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from agents.infom import InFOMAgent, get_config
+from agents.infom import STEP, InFOMAgent, get_config
 from tests import tiny
 from utils.errors import UserError
 
@@ -167,8 +167,9 @@ def test_an_update_moves_the_listed_modules_and_no_others(case, encoder, method,
     weights."""
     agent, batch = case()
     updated, metrics = tiny.compiled(method, **options)(agent, batch, KEY)
-    acting = {'acting_actor'} & {f'acting_{module}' for module in trained}
-    assert changed_modules(agent, updated) == (trained | encoder, trained | encoder | acting)
+    beside = {'acting_actor'} & {f'acting_{module}' for module in trained}
+    beside |= {STEP} if method == 'finetune' else set()
+    assert changed_modules(agent, updated) == (trained | encoder, trained | encoder | beside)
     assert all(jnp.isfinite(value) for value in metrics.values())
     for name in updated.params:
         assert updated.opt_states[name][0].count == (name in trained | encoder)
@@ -314,6 +315,8 @@ def test_actions_of_images():
         (dict(num_flow_steps=-1), 'num_flow_steps'),
         (dict(num_critic_latents=0), 'num_critic_latents'),
         (dict(finetuning_field_rate=-0.1), 'finetuning_field_rate'),
+        (dict(finetuning_schedule='linear'), 'finetuning_schedule'),
+        (dict(schedule_steps=0), 'schedule_steps'),
     ],
 )
 def test_impossible_configurations_are_user_errors(overrides, message):

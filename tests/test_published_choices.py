@@ -106,7 +106,7 @@ def test_the_published_preset_chooses_all_of_it():
     settings = presets.resolve('infom', 'cheetah_run', 'published')
     assert settings.agent['joint_adam'] is True and settings.agent['value_layer_norm'] is False
     assert settings.agent['actor_tau'] == 1
-    assert settings.agent['absorbing_ends'] is False and settings.agent['finetuning_field_rate'] == 1
+    assert settings.agent['absorbing_ends'] is False and settings.agent['finetuning_schedule'] == 'constant'
     assert settings.flags['obs_norm_per_split'] is True and settings.flags['next_actions_across_episodes'] is True
     # What the table says of LayerNorm wins, and other agents had it on.
     later = presets.resolve('infom', 'cube-single-play-singletask-task3-v0', 'published')
@@ -115,6 +115,6 @@ def test_the_published_preset_chooses_all_of_it():
     paper = presets.resolve('infom', 'cheetah_run', 'paper')
     assert paper.flags['obs_norm_per_split'] is False and 'joint_adam' not in paper.agent
     defaults = agents.load('infom').get_config()
-    assert defaults.joint_adam is False and defaults.absorbing_ends is True and defaults.finetuning_field_rate == 0.1
+    assert defaults.joint_adam is False and defaults.absorbing_ends is True and defaults.finetuning_schedule == 'cosine'
     same = {key: value for key, value in paper.flags.items() if settings.flags[key] != value}
     assert set(same) == {'obs_norm_per_split', 'next_actions_across_episodes'}

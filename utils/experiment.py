@@ -94,8 +94,8 @@ class Experiment:
         if own is not None:
             origin, path = 'this run’s own checkpoint', self.directory / 'checkpoints' / str(own)
             meta = checkpoints.load_meta(path)
-            resume.check_same_run(self.directory, config)
             resume.check_length(meta, config, self.directory)
+            resume.check_same_run(self.directory, config)
         elif (self.directory / 'summary.json').exists():
             raise UserError(
                 f'{self.directory} holds a finished run without its checkpoints, which cannot go on: '

@@ -172,6 +172,11 @@ def resolve_settings(flag_values: flags.FlagValues = flags.FLAGS, phases: Sequen
                 raise UserError(f'--{name}={values[name]}: --env_name=none has no environment to evaluate in')
             values[name], sources[name] = 0, 'there is no environment'
 
+    scheduled = hasattr(module, 'has_schedule') and module.has_schedule(agent)
+    if scheduled and agent.schedule_steps is None and values['finetuning_steps']:
+        agent.schedule_steps = values['finetuning_steps']
+        sources['agent.schedule_steps'] = 'as many as finetuning_steps'
+
     check_flags(values, task)
     check_agent(agent)
     module.validate_config(agent)

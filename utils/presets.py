@@ -103,7 +103,7 @@ PRESETS = {
         flags={'obs_norm_per_split': True, 'next_actions_across_episodes': True},
         agent={'joint_adam': True, 'actor_tau': 1.0},
         image_agent={},
-        one_agent={'infom': {'absorbing_ends': False, 'finetuning_field_rate': 1.0}},
+        one_agent={'infom': {'absorbing_ends': False, 'finetuning_schedule': 'constant'}},
         defaults={'infom': {'value_layer_norm': False}},
     ),
     # Minutes on a laptop's CPU: small networks and data, and few updates at a higher rate, which the targets' average
@@ -131,9 +131,8 @@ PRESETS = {
             'reward_weight_decay': 1.0,
         },
         image_agent={},
-        # InFOM's futures come from bootstrapping alone: at γ = 0.99 the product has to be several hundred. In
-        # fine-tuning the field's learning rate is the paper preset's, 3e-5.
-        one_agent={'infom': {'tau': 0.05, 'finetuning_field_rate': 0.03}},
+        # InFOM's futures come from bootstrapping alone: at γ = 0.99 the product has to be several hundred.
+        one_agent={'infom': {'tau': 0.05}},
     ),
     # Seconds: everything runs, nothing is learnt.
     'smoke': Preset(

@@ -86,6 +86,8 @@ def check_same_run(directory, config):
             f'{path} cannot be read ({error}): the run cannot be resumed; use another --run_name'
         ) from error
     now = config.to_dict()
+    if not saved.get('finetuning_steps'):  # Without fine-tuning a run had no use for the length of its schedule.
+        now['agent'].pop('schedule_steps', None)
     pairs = [(f'--{k}', saved.get(k, UNKNOWN), v) for k, v in now.items() if k not in FREE_SETTINGS]
     pairs += [(f'--agent.{k}', saved.get('agent', {}).get(k, UNKNOWN), v) for k, v in now['agent'].items()]
     for name, before, after in pairs:

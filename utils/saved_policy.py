@@ -1,6 +1,7 @@
 """A trained policy, or the whole agents, from a run on disk, without its data: for videos, demonstrations and one's own
 evaluations."""
 
+import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
@@ -27,7 +28,10 @@ def load_agents(path, task):
     example = blank_example(task, meta.get('frame_stack', 1))
     seeds = list(range(meta['seed'], meta['seed'] + meta['num_seeds']))
     template = training.describe_agents(module.AGENT, seeds, example, config)
-    return checkpoints.restore(path, template), Normalizer.from_dict(meta['normalizer']), meta
+    agents = checkpoints.restore(path, template, getattr(template, 'finetuning_state', ()))
+    # What a pre-training need not hold, and this one does not, starts from 0.
+    agents = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x, agents)
+    return agents, Normalizer.from_dict(meta['normalizer']), meta
 
 
 def blank_example(task, frame_stack=1):
