@@ -15,6 +15,7 @@ import pytest
 
 import agents
 from agents import common
+from agents.infom import STEP
 from tests import tiny, tiny_agents
 from utils import checkpoints, datasets, diagnostics, training
 from utils.errors import UserError
@@ -183,6 +184,7 @@ def check_update(name, kind, agent, batch, images):
     updated, metrics = update(agent, batch, KEY, kind)
     assert {m for m in agent.params if not equal(agent.params[m], updated.params[m])} == trained
     moved = trained | ({'acting_actor'} if 'actor' in trained else set())
+    moved |= {STEP} if name == 'infom' and kind != 'pretrain' else set()
     assert {m for m in agent.opt_states if not equal(agent.opt_states[m], updated.opt_states[m])} == moved
 
     tau = agent.config.get('tau')  # None where there is no target.
@@ -293,7 +295,8 @@ def test_a_fresh_agent_shares_no_buffers(name):
     assert_no_shared_buffers(agent)
     for module, target in agent.target_params.items():
         assert equal(target, agent.params[module])
-    assert agent.opt_states.keys() == agent.params.keys() | {'acting_actor'}
+    counted = {STEP} if name == 'infom' else set()
+    assert agent.opt_states.keys() == agent.params.keys() | {'acting_actor'} | counted
     assert equal(agent.opt_states['acting_actor'], agent.params['actor'])
     assert 'log_std' in agent.params['actor']
 

@@ -254,7 +254,7 @@ def test_a_fresh_agent_has_targets_of_its_own(batch, overrides):
     for name, target in agent.target_params.items():
         assert equal(target, agent.params[name])
     assert_no_shared_buffers(agent)
-    assert agent.opt_states.keys() == agent.params.keys() | {'acting_actor'}
+    assert agent.opt_states.keys() == agent.params.keys() | {'acting_actor', STEP}
     if config.encoder is None:  # Op by op, too: what `jit` keeps apart must not depend on it.
         assert_no_shared_buffers(InFOMAgent.create(KEY, example, config))
         assert_no_shared_buffers(InFOMAgent.create(KEY, example, config).begin_finetuning(batch, KEY))
