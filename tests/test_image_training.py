@@ -111,7 +111,7 @@ def test_a_saved_policy_takes_stacked_frames(tmp_path, monkeypatch):
     meta = {'agent_name': 'infom', 'seed': 0, 'num_seeds': 1, 'frame_stack': 3, 'agent_config': {}}
     meta['normalizer'] = Normalizer('none').to_dict()
     monkeypatch.setattr(saved_policy.checkpoints, 'load_meta', lambda path: meta)
-    monkeypatch.setattr(saved_policy.checkpoints, 'restore', lambda path, template: template)
+    monkeypatch.setattr(saved_policy.checkpoints, 'restore', lambda path, template, optional: template)
     monkeypatch.setattr(
         saved_policy.training,
         'describe_agents',
