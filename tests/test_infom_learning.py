@@ -176,9 +176,9 @@ def test_fine_tuning_prefers_the_arm_that_leads_to_reward():
         'masks': np.ones(len(states) * length),
     }
     labelled['masks'] = labelled['masks'].astype(np.float32)
-    steps = 1500
-    # As in a run, the learning rates fall; and an average of the actor as short as the training.
-    config = small_config(alpha=0.02, num_flow_steps=5, actor_tau=0.05, schedule_steps=steps)
+    # An average as short as the training; and a slower field, with which the modes are 0.38 and 0.48 (at the full rate
+    # 0.36 and 0.30).
+    config = small_config(alpha=0.02, num_flow_steps=5, actor_tau=0.05, finetuning_field_rate=0.1)
     agents = training.create_agents(InFOMAgent, SEEDS, datasets.example_batch(make_dataset(raw)), config)
     agents = train(agents, SEEDS, make_dataset(raw), 'pretraining', 2000)
 
@@ -187,8 +187,8 @@ def test_fine_tuning_prefers_the_arm_that_leads_to_reward():
 
     assert np.abs(mode(agents)).max() < 0.2, 'the clone is indifferent'
     agents = training.begin_finetuning(agents, make_dataset(labelled), training.stream_keys(SEEDS, 'begin_finetuning'))
-    agents = train(agents, SEEDS, make_dataset(labelled), 'finetuning', steps)
-    assert mode(agents).min() > 0.25, f'modes {mode(agents)}'
+    agents = train(agents, SEEDS, make_dataset(labelled), 'finetuning', 1000)
+    assert mode(agents).min() > 0.3, f'modes {mode(agents)}'
     right, left = (
         jax.vmap(lambda agent: agent.q_values(jnp.zeros((1, 1)), jnp.full((1, 1), a)))(agents) for a in (0.5, -0.5)
     )
