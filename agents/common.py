@@ -121,6 +121,44 @@ def weight_decay(config, module: str) -> float:
     return config.get(f'{module}_weight_decay', 0.0)
 
 
+STEP = 'finetuning_step'  # Beside the Adam states: updates of fine-tuning so far.
+
+
+def validate_schedule(config):
+    """Raises UserError for a schedule that there is not, or one without a length."""
+    require_choice(config, 'finetuning_schedule', ('cosine', 'constant'))
+    if config.schedule_steps is not None:
+        require_at_least(1, config, 'schedule_steps')
+
+
+def has_schedule(config) -> bool:
+    """Whether anything changes over `schedule_steps`, so that a run has to say how many they are."""
+    return config.finetuning_schedule != 'constant'
+
+
+def finetuning_progress(agent):
+    """Share of `schedule_steps` that fine-tuning has done: () in [0, 1]; 1 where the steps are not said."""
+    if agent.config.schedule_steps is None:
+        return 1.0
+    return jnp.minimum(agent.opt_states[STEP] / agent.config.schedule_steps, 1.0)
+
+
+def rate_schedule(agent):
+    """Factor of all learning rates in the next update: half a cosine over fine-tuning, from 1 to 0 (arXiv 1608.03983,
+    eq. 5, without restarts); 1 in pre-training, and for `constant`.
+
+    Labelled data are few: at constant rates InFOM's success is lost again in long fine-tuning (docs/stability.md).
+    """
+    if agent.config.finetuning_schedule == 'constant' or agent.config.schedule_steps is None:
+        return 1.0
+    return 0.5 * (1 + jnp.cos(jnp.pi * finetuning_progress(agent)))
+
+
+def count_update(agent):
+    """The agent after one more update of fine-tuning."""
+    return agent.replace(opt_states=agent.opt_states | {STEP: agent.opt_states[STEP] + 1})
+
+
 ACTING_ACTOR = 'acting_actor'  # Beside the Adam states: the average of the actor's parameters.
 
 
@@ -138,29 +176,31 @@ def averaged_actor(actor, average, count, tau: float):
 
 
 def init_adam(params, config):
-    """One Adam state per module, and the actor that acts. Raises UserError for a weight decay below 0."""
+    """One Adam state per module, the actor that acts, and the count of fine-tuning's updates. Raises UserError for a
+    weight decay below 0."""
     for name in params:
         if f'{name}_weight_decay' in config:
             require_at_least(0, config, f'{name}_weight_decay')
     states = {name: optax.adam(learning_rate(config, name)).init(module) for name, module in params.items()}
-    return states | {ACTING_ACTOR: copy_of(params['actor'])}
+    return states | {ACTING_ACTOR: copy_of(params['actor']), STEP: jnp.zeros((), jnp.int32)}
 
 
 def adam_step(agent, modules, loss_fn, rates=None):
-    """One Adam step of `agent` on the named modules only; all others, and their Adam states, stay exactly where they
-    are. The actor that acts follows the trained one.
+    """One Adam step of `agent` on the named modules only, at the rates of `rate_schedule`; all others, and their Adam
+    states, stay exactly where they are. The actor that acts follows the trained one.
 
     `loss_fn(params) -> (loss, metrics)` takes the full dict of parameters. Returns (params, opt_states, metrics).
     With `joint_adam` all modules take the step: those without a gradient move on by their Adam state's momentum, as
-    under the one optimiser over all parameters of the published code. `rates`: factors () of the learning rates of some
-    modules.
+    under the one optimiser over all parameters of the published code. `rates`: further factors of the learning rates
+    of some modules.
     """
     modules = list(agent.params) if agent.config.joint_adam else modules
     trained = {name: agent.params[name] for name in modules}
     grads, metrics = jax.grad(lambda trained: loss_fn({**agent.params, **trained}), has_aux=True)(trained)
     params, opt_states = dict(agent.params), dict(agent.opt_states)
+    schedule = rate_schedule(agent)
     for name in modules:
-        rate = learning_rate(agent.config, name) * (rates or {}).get(name, 1.0)
+        rate = learning_rate(agent.config, name) * (rates or {}).get(name, 1.0) * schedule
         updates, opt_states[name] = optax.adam(rate).update(grads[name], opt_states[name])
         if decay := weight_decay(agent.config, name):
             # Decoupled from the gradient (AdamW, arXiv 1711.05101), and without a state of its own.

@@ -11,7 +11,7 @@ elsewhere.
 Shapes: B batch, E ensemble members, A action dimensions, Z latent dimensions.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import flax
 import jax
@@ -45,6 +45,9 @@ class CRLInfoNCEAgent(flax.struct.PyTreeNode):
     opt_states: dict[str, Any]
     networks: Networks = flax.struct.field(pytree_node=False)
     config: ml_collections.FrozenConfigDict = flax.struct.field(pytree_node=False)
+
+    # What a pre-training need not have for fine-tuning to start from it.
+    finetuning_state: ClassVar[tuple[str, ...]] = (common.STEP,)
 
     @property
     def needs(self) -> frozenset:
@@ -129,7 +132,8 @@ class CRLInfoNCEAgent(flax.struct.PyTreeNode):
     def finetune(self, batch, key, *, update_actor: bool):
         """One update on labelled data; `update_actor` is static, and without it the actor stays exactly where it is."""
         modules = ['critic', 'reward', 'actor'] if update_actor else ['critic', 'reward']
-        return self._step(modules, lambda params: self.finetuning_loss(params, batch, key, update_actor))
+        agent, metrics = self._step(modules, lambda params: self.finetuning_loss(params, batch, key, update_actor))
+        return common.count_update(agent), metrics
 
     def begin_finetuning(self, labelled_batch, key):
         """The switch between the phases: nothing is inferred from labelled data, and there is no target to reset."""
@@ -195,10 +199,12 @@ class CRLInfoNCEAgent(flax.struct.PyTreeNode):
 
 
 AGENT = CRLInfoNCEAgent  # What `agents.load` hands to the training loop.
+has_schedule = common.has_schedule
 
 
 def validate_config(config):
     """Raises UserError for values that no CRL run can have."""
+    common.validate_schedule(config)
     common.require_choice(config, 'contrastive_loss', ('forward_infonce', 'symmetric_infonce'))
     common.require_choice(config, 'actor_goals', ('trajectory', 'marginal'))
     common.require_at_least(0, config, 'goal_offset', 'logsumexp_penalty_coeff')
@@ -211,6 +217,8 @@ def get_config():
             agent_name='crl_infonce',
             lr=3e-4,  # Adam learning rate.
             actor_lr=ml_collections.config_dict.placeholder(float),  # The actor's own learning rate; None: lr.
+            finetuning_schedule='constant',  # Learning rates of fine-tuning: constant, as published; cosine, to 0.
+            schedule_steps=ml_collections.config_dict.placeholder(int),  # Updates it takes; None: all of a run's.
             actor_tau=0.001,  # Rate, per actor update, of the average of the actor that acts; 1: no average.
             joint_adam=False,  # One Adam over all modules, trained or not, as published.
             batch_size=256,

@@ -46,6 +46,8 @@ class DINOReBRACAgent(flax.struct.PyTreeNode):
 
     # What the training loop must put into a batch besides observations, actions, next observations (and rewards).
     needs: ClassVar[frozenset[str]] = frozenset({'next_actions'})
+    # What a pre-training need not have for fine-tuning to start from it.
+    finetuning_state: ClassVar[tuple[str, ...]] = (common.STEP,)
 
     # ------------------------------------------------------------------------------------------------------- features
 
@@ -126,7 +128,9 @@ class DINOReBRACAgent(flax.struct.PyTreeNode):
         the targets stay exactly where they are."""
         modules = ['critic', 'actor'] if update_actor else ['critic']
         averaged = modules if update_actor else []  # TD3's delayed updates: the targets move with the actor.
-        return self._step(modules, lambda params: self.finetuning_loss(params, batch, key, update_actor), averaged)
+        loss_fn = lambda params: self.finetuning_loss(params, batch, key, update_actor)  # noqa: E731
+        agent, metrics = self._step(modules, loss_fn, averaged)
+        return common.count_update(agent), metrics
 
     def begin_finetuning(self, labelled_batch, key):
         """The switch between the phases: every target is set to a copy of its online network."""
@@ -195,10 +199,12 @@ class DINOReBRACAgent(flax.struct.PyTreeNode):
 
 
 AGENT = DINOReBRACAgent  # What `agents.load` hands to the training loop.
+has_schedule = common.has_schedule
 
 
 def validate_config(config):
     """Raises UserError for values that no DINO + ReBRAC run can have."""
+    common.validate_schedule(config)
     rebrac.validate_config(config)
     if config.encoder is None:
         raise UserError('agent.encoder=None: DINO trains an encoder; use mlp for states, impala_small for images')
@@ -217,6 +223,8 @@ def get_config():
             agent_name='dino_rebrac',
             lr=3e-4,  # Adam learning rate.
             actor_lr=ml_collections.config_dict.placeholder(float),  # The actor's own learning rate; None: lr.
+            finetuning_schedule='constant',  # Learning rates of fine-tuning: constant, as published; cosine, to 0.
+            schedule_steps=ml_collections.config_dict.placeholder(int),  # Updates it takes; None: all of a run's.
             actor_tau=0.001,  # Rate, per actor update, of the average of the actor that acts; 1: no average.
             joint_adam=False,  # One Adam over all modules, trained or not, as published.
             batch_size=256,

@@ -47,6 +47,8 @@ class FBIQLAgent(flax.struct.PyTreeNode):
 
     # What the training loop must put into a batch besides observations, actions, next observations (and rewards).
     needs: ClassVar[frozenset[str]] = frozenset()
+    # What a pre-training need not have for fine-tuning to start from it.
+    finetuning_state: ClassVar[tuple[str, ...]] = (common.STEP,)
 
     # ------------------------------------------------------------------------------------------------------- features
 
@@ -134,7 +136,8 @@ class FBIQLAgent(flax.struct.PyTreeNode):
     def finetune(self, batch, key, *, update_actor: bool):
         """One update on labelled data; `update_actor` is static, and without it the actor stays exactly where it is."""
         modules = ['value', 'critic', 'actor'] if update_actor else ['value', 'critic']
-        return self._step(modules, lambda params: self.finetuning_loss(params, batch, key, update_actor))
+        agent, metrics = self._step(modules, lambda params: self.finetuning_loss(params, batch, key, update_actor))
+        return common.count_update(agent), metrics
 
     def begin_finetuning(self, labelled_batch, key):
         """The switch between the phases: z ∝ mean r·B̂(s̃) over the labelled batch, and every target is set to a copy
@@ -250,10 +253,12 @@ def off_diagonal_mean(x):
 
 
 AGENT = FBIQLAgent  # What `agents.load` hands to the training loop.
+has_schedule = common.has_schedule
 
 
 def validate_config(config):
     """Raises UserError for values that no FB run can have."""
+    common.validate_schedule(config)
     common.require_choice(config, 'repr_agg', ('mean', 'min'))
     if not 0 <= config.latent_mix_prob <= 1:
         raise UserError(f'agent.latent_mix_prob={config.latent_mix_prob}: expected a probability, from 0 to 1')
@@ -268,6 +273,8 @@ def get_config():
             agent_name='fb_iql',
             lr=3e-4,  # Adam learning rate.
             actor_lr=ml_collections.config_dict.placeholder(float),  # The actor's own learning rate; None: lr.
+            finetuning_schedule='constant',  # Learning rates of fine-tuning: constant, as published; cosine, to 0.
+            schedule_steps=ml_collections.config_dict.placeholder(int),  # Updates it takes; None: all of a run's.
             actor_tau=0.001,  # Rate, per actor update, of the average of the actor that acts; 1: no average.
             joint_adam=False,  # One Adam over all modules, trained or not, as published.
             batch_size=256,

@@ -9,7 +9,7 @@ elsewhere.
 Shapes: B batch, E ensemble members, A action dimensions, Z latent dimensions.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import flax
 import jax
@@ -45,6 +45,9 @@ class HILPIQLAgent(flax.struct.PyTreeNode):
     task_latent: jax.Array  # (Z,): the z of the task, a random one until `begin_finetuning`.
     networks: Networks = flax.struct.field(pytree_node=False)
     config: ml_collections.FrozenConfigDict = flax.struct.field(pytree_node=False)
+
+    # What a pre-training need not have for fine-tuning to start from it.
+    finetuning_state: ClassVar[tuple[str, ...]] = (common.STEP,)
 
     @property
     def needs(self) -> frozenset:
@@ -126,7 +129,8 @@ class HILPIQLAgent(flax.struct.PyTreeNode):
     def finetune(self, batch, key, *, update_actor: bool):
         """One update on labelled data; `update_actor` is static, and without it the actor stays exactly where it is."""
         modules = ['value', 'critic', 'actor'] if update_actor else ['value', 'critic']
-        return self._step(modules, lambda params: self.finetuning_loss(params, batch, key, update_actor))
+        agent, metrics = self._step(modules, lambda params: self.finetuning_loss(params, batch, key, update_actor))
+        return common.count_update(agent), metrics
 
     def begin_finetuning(self, labelled_batch, key):
         """The switch between the phases: z = argmin E((φ₁(s') − φ₁(s))·z − r)² over the labelled batch, scaled to √Z,
@@ -241,10 +245,12 @@ def hilbert_loss(values, target_values, next_target_values, goal_masks, discount
 
 
 AGENT = HILPIQLAgent  # What `agents.load` hands to the training loop.
+has_schedule = common.has_schedule
 
 
 def validate_config(config):
     """Raises UserError for values that no HILP run can have."""
+    common.validate_schedule(config)
     common.require_at_least(1, config, 'num_latent_inference_samples')
 
 
@@ -255,6 +261,8 @@ def get_config():
             agent_name='hilp_iql',
             lr=3e-4,  # Adam learning rate.
             actor_lr=ml_collections.config_dict.placeholder(float),  # The actor's own learning rate; None: lr.
+            finetuning_schedule='constant',  # Learning rates of fine-tuning: constant, as published; cosine, to 0.
+            schedule_steps=ml_collections.config_dict.placeholder(int),  # Updates it takes; None: all of a run's.
             actor_tau=0.001,  # Rate, per actor update, of the average of the actor that acts; 1: no average.
             joint_adam=False,  # One Adam over all modules, trained or not, as published.
             batch_size=256,

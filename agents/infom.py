@@ -27,8 +27,6 @@ from utils.flows import clipping_bounds, euler_integrate, map_rows
 from utils.networks import GaussianActor, IntentionEncoder, ScalarHead, VectorField
 from utils.values import intention_values
 
-STEP = 'finetuning_step'  # Beside the Adam states: updates of fine-tuning so far.
-
 
 class Networks(NamedTuple):
     """Module definitions (no parameters); names are the keys of `InFOMAgent.params`."""
@@ -53,7 +51,7 @@ class InFOMAgent(flax.struct.PyTreeNode):
     config: ml_collections.FrozenConfigDict = flax.struct.field(pytree_node=False)
 
     # Names of what fine-tuning may start afresh from any pre-training.
-    finetuning_state = (STEP, *stabilizers.STATE)
+    finetuning_state = (common.STEP, *stabilizers.STATE)
 
     @property
     def needs(self) -> frozenset:
@@ -279,12 +277,10 @@ class InFOMAgent(flax.struct.PyTreeNode):
         """One update on labelled data; `update_actor` is static, and without it the actor stays exactly where it is."""
         modules = ['vector_field', 'critic', 'reward', *self.encoder_modules]
         modules += ['actor'] if update_actor else []
-        rates = dict.fromkeys(self.params, self.rate_schedule)
-        for name in ('vector_field', *self.encoder_modules):
-            rates[name] *= self.config.finetuning_field_rate
+        rates = dict.fromkeys(['vector_field', *self.encoder_modules], self.config.finetuning_field_rate)
         loss_fn = lambda params: self.finetuning_loss(params, batch, key, update_actor)  # noqa: E731
         agent, metrics = self._step(modules, loss_fn, batch, key, rates)
-        return agent.replace(opt_states=agent.opt_states | {STEP: self.opt_states[STEP] + 1}), metrics
+        return common.count_update(agent), metrics
 
     def begin_finetuning(self, labelled_batch, key):
         """The switch between the phases: every target is set to a copy of its online network.
@@ -303,22 +299,6 @@ class InFOMAgent(flax.struct.PyTreeNode):
         """Actions (B, A) in [−1, 1]: the mode plus `temperature` times the policy's noise; 0 gives the mode."""
         means, stds = self.networks.actor.apply({'params': common.acting_actor(self)}, observations)
         return jnp.clip(means + temperature * stds * jax.random.normal(key, means.shape), -1, 1)
-
-    @property
-    def progress(self):
-        """Share of `schedule_steps` that fine-tuning has done: () in [0, 1]."""
-        return jnp.minimum(self.opt_states[STEP] / self.config.schedule_steps, 1.0)
-
-    @property
-    def rate_schedule(self):
-        """Factor of all learning rates in fine-tuning: half a cosine from 1 to 0 (arXiv 1608.03983, eq. 5, without
-        restarts), or always 1.
-
-        Labelled data are few: at constant rates success is lost again in long fine-tuning (docs/stability.md).
-        """
-        if self.config.finetuning_schedule == 'constant' or self.config.schedule_steps is None:
-            return 1.0
-        return 0.5 * (1 + jnp.cos(jnp.pi * self.progress))
 
     @property
     def encoder_modules(self):
@@ -391,7 +371,7 @@ class InFOMAgent(flax.struct.PyTreeNode):
         return cls(
             params=params,
             target_params=common.copy_of({k: params[k] for k in ('vector_field', 'encoder') if k in params}),
-            opt_states=common.init_adam(params, config) | {STEP: jnp.zeros((), jnp.int32)},
+            opt_states=common.init_adam(params, config),
             flow_bounds=flow_bounds,
             representation=intentions.create(jax.random.fold_in(key, 1), example_batch, config),
             networks=networks,
@@ -404,15 +384,13 @@ AGENT = InFOMAgent  # What `agents.load` hands to the training loop.
 
 def validate_config(config):
     """Raises UserError for values that no InFOM run can have."""
+    common.validate_schedule(config)
     intentions.validate_config(config)
     stabilizers.validate_config(config)
     common.require_choice(config, 'q_agg', ('min', 'mean'))
     common.require_choice(config, 'critic_latent_type', ('prior', 'encoding', 'aggregate'))
     common.require_at_least(1, config, 'latent_dim', 'num_flow_goals', 'num_flow_steps')
-    common.require_choice(config, 'finetuning_schedule', ('cosine', 'constant'))
     common.require_at_least(0, config, 'finetuning_field_rate')
-    if config.schedule_steps is not None:
-        common.require_at_least(1, config, 'schedule_steps')
     if config.num_critic_latents is not None:
         common.require_at_least(1, config, 'num_critic_latents')
     if config.clip_flow_goals and config.encoder is not None:
@@ -421,7 +399,7 @@ def validate_config(config):
 
 def has_schedule(config) -> bool:
     """Whether anything changes over `schedule_steps`, so that a run has to say how many they are."""
-    return config.finetuning_schedule != 'constant' or 'anneal_expectile' in config.stabilizer
+    return common.has_schedule(config) or 'anneal_expectile' in config.stabilizer
 
 
 def get_config():

@@ -42,6 +42,8 @@ class IQLAgent(flax.struct.PyTreeNode):
 
     # What the training loop must put into a batch besides observations, actions, next observations (and rewards).
     needs: ClassVar[frozenset[str]] = frozenset()
+    # What a pre-training need not have for fine-tuning to start from it.
+    finetuning_state: ClassVar[tuple[str, ...]] = (common.STEP,)
 
     # --------------------------------------------------------------------------------------------------------- losses
 
@@ -105,7 +107,7 @@ class IQLAgent(flax.struct.PyTreeNode):
         modules += ['actor'] if update_actor else []
         agent, metrics = self._step(modules, lambda params: self.finetuning_loss(params, batch, key, update_actor))
         target_params = common.target_update(agent.params, self.target_params, self.config.tau)
-        return agent.replace(target_params=target_params), metrics
+        return common.count_update(agent.replace(target_params=target_params)), metrics
 
     def begin_finetuning(self, labelled_batch, key):
         """The switch between the phases: the target critic is set to a copy of the critic."""
@@ -169,10 +171,12 @@ class IQLAgent(flax.struct.PyTreeNode):
 
 
 AGENT = IQLAgent  # What `agents.load` hands to the training loop.
+has_schedule = common.has_schedule
 
 
 def validate_config(config):
     """Raises UserError for values that no IQL run can have."""
+    common.validate_schedule(config)
     common.require_choice(config, 'actor_loss', ('awr', 'ddpgbc'))
     common.require_at_least(0, config, 'alpha')
 
@@ -184,6 +188,8 @@ def get_config():
             agent_name='iql',
             lr=3e-4,  # Adam learning rate.
             actor_lr=ml_collections.config_dict.placeholder(float),  # The actor's own learning rate; None: lr.
+            finetuning_schedule='constant',  # Learning rates of fine-tuning: constant, as published; cosine, to 0.
+            schedule_steps=ml_collections.config_dict.placeholder(int),  # Updates it takes; None: all of a run's.
             actor_tau=0.001,  # Rate, per actor update, of the average of the actor that acts; 1: no average.
             joint_adam=False,  # One Adam over all modules, trained or not, as published.
             batch_size=256,

@@ -50,6 +50,8 @@ class MBPOReBRACAgent(flax.struct.PyTreeNode):
 
     # What the training loop must put into a batch besides observations, actions, next observations (and rewards).
     needs: ClassVar[frozenset[str]] = frozenset({'next_actions'})
+    # What a pre-training need not have for fine-tuning to start from it.
+    finetuning_state: ClassVar[tuple[str, ...]] = (common.STEP,)
 
     # ---------------------------------------------------------------------------------------------------- imagination
 
@@ -167,7 +169,7 @@ class MBPOReBRACAgent(flax.struct.PyTreeNode):
         )
         if update_actor:  # TD3's delayed updates: the targets move with the actor.
             agent = agent.replace(target_params=common.target_update(agent.params, self.target_params, self.config.tau))
-        return agent, metrics
+        return common.count_update(agent), metrics
 
     def begin_finetuning(self, labelled_batch, key):
         """The switch between the phases: target critic and target actor are set to copies of their online networks."""
@@ -239,11 +241,13 @@ class MBPOReBRACAgent(flax.struct.PyTreeNode):
 
 
 AGENT = MBPOReBRACAgent  # What `agents.load` hands to the training loop.
+has_schedule = common.has_schedule
 ADVICE = 'choose a task with state observations, or another agent (rebrac, dino_rebrac)'
 
 
 def validate_config(config):
     """Raises UserError for values that no MBPO + ReBRAC run can have."""
+    common.validate_schedule(config)
     rebrac.validate_config(config)
     if config.encoder is not None:
         raise UserError(
@@ -261,6 +265,8 @@ def get_config():
             agent_name='mbpo_rebrac',
             lr=3e-4,  # Adam learning rate.
             actor_lr=ml_collections.config_dict.placeholder(float),  # The actor's own learning rate; None: lr.
+            finetuning_schedule='constant',  # Learning rates of fine-tuning: constant, as published; cosine, to 0.
+            schedule_steps=ml_collections.config_dict.placeholder(int),  # Updates it takes; None: all of a run's.
             actor_tau=0.001,  # Rate, per actor update, of the average of the actor that acts; 1: no average.
             joint_adam=False,  # One Adam over all modules, trained or not, as published.
             batch_size=256,

@@ -106,6 +106,8 @@ class ReBRACAgent(flax.struct.PyTreeNode):
 
     # What the training loop must put into a batch besides observations, actions, next observations (and rewards).
     needs: ClassVar[frozenset[str]] = frozenset({'next_actions'})
+    # What a pre-training need not have for fine-tuning to start from it.
+    finetuning_state: ClassVar[tuple[str, ...]] = (common.STEP,)
 
     # --------------------------------------------------------------------------------------------------------- losses
 
@@ -136,7 +138,7 @@ class ReBRACAgent(flax.struct.PyTreeNode):
         agent, metrics = self._step(modules, lambda params: self.finetuning_loss(params, batch, key, update_actor))
         if update_actor:  # TD3's delayed updates: the targets move with the actor.
             agent = agent.replace(target_params=common.target_update(agent.params, self.target_params, self.config.tau))
-        return agent, metrics
+        return common.count_update(agent), metrics
 
     def begin_finetuning(self, labelled_batch, key):
         """The switch between the phases: target critic and target actor are set to copies of their online networks."""
@@ -197,10 +199,12 @@ class ReBRACAgent(flax.struct.PyTreeNode):
 
 
 AGENT = ReBRACAgent  # What `agents.load` hands to the training loop.
+has_schedule = common.has_schedule
 
 
 def validate_config(config):
     """Raises UserError for values that no run of ReBRAC or of an agent built on it can have."""
+    common.validate_schedule(config)
     common.require_at_least(0, config, 'alpha_actor', 'alpha_critic', 'actor_noise', 'actor_noise_clip')
 
 
@@ -211,6 +215,8 @@ def get_config():
             agent_name='rebrac',
             lr=3e-4,  # Adam learning rate.
             actor_lr=ml_collections.config_dict.placeholder(float),  # The actor's own learning rate; None: lr.
+            finetuning_schedule='constant',  # Learning rates of fine-tuning: constant, as published; cosine, to 0.
+            schedule_steps=ml_collections.config_dict.placeholder(int),  # Updates it takes; None: all of a run's.
             actor_tau=0.001,  # Rate, per actor update, of the average of the actor that acts; 1: no average.
             joint_adam=False,  # One Adam over all modules, trained or not, as published.
             batch_size=256,

@@ -12,6 +12,7 @@ import optax
 from jax import lax
 from ml_collections import config_dict
 
+from agents import common
 from utils.errors import UserError
 from utils.values import value_range
 
@@ -33,8 +34,7 @@ class AnnealExpectile:
 
     @property
     def expectile(self):
-        progress = 1.0 if self.config.schedule_steps is None else self.progress
-        return 0.5 + (super().expectile - 0.5) * progress
+        return 0.5 + (super().expectile - 0.5) * common.finetuning_progress(self)
 
 
 class LabelledRange:

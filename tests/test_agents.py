@@ -15,7 +15,6 @@ import pytest
 
 import agents
 from agents import common
-from agents.infom import STEP
 from tests import tiny, tiny_agents
 from utils import checkpoints, datasets, diagnostics, training
 from utils.errors import UserError
@@ -184,7 +183,7 @@ def check_update(name, kind, agent, batch, images):
     updated, metrics = update(agent, batch, KEY, kind)
     assert {m for m in agent.params if not equal(agent.params[m], updated.params[m])} == trained
     moved = trained | ({'acting_actor'} if 'actor' in trained else set())
-    moved |= {STEP} if name == 'infom' and kind != 'pretrain' else set()
+    moved |= {common.STEP} if kind != 'pretrain' else set()
     assert {m for m in agent.opt_states if not equal(agent.opt_states[m], updated.opt_states[m])} == moved
 
     tau = agent.config.get('tau')  # None where there is no target.
@@ -295,10 +294,45 @@ def test_a_fresh_agent_shares_no_buffers(name):
     assert_no_shared_buffers(agent)
     for module, target in agent.target_params.items():
         assert equal(target, agent.params[module])
-    counted = {STEP} if name == 'infom' else set()
-    assert agent.opt_states.keys() == agent.params.keys() | {'acting_actor'} | counted
+    assert agent.opt_states.keys() == agent.params.keys() | {'acting_actor', common.STEP}
     assert equal(agent.opt_states['acting_actor'], agent.params['actor'])
     assert 'log_std' in agent.params['actor']
+
+
+# ------------------------------------------------------------------------------------------- the schedule of the rates
+
+
+def test_cosine(name):
+    """In the middle of the schedule half the step is taken, after it none; pre-training, which comes before it, has the
+    full rates."""
+    agent, batch = state_case(name)
+    modules = ROWS[name].finetuned | {'actor'}
+    plain = tiny_agents.with_config(agent, finetuning_schedule='constant')
+    agent = tiny_agents.with_config(agent, finetuning_schedule='cosine', schedule_steps=100)
+    steps = displacement(plain, update(plain, batch, KEY, 'finetune_actor')[0], modules)
+    for at, scale in ((50, 0.5), (100, 0.0), (150, 0.0)):
+        start = agent.replace(opt_states=agent.opt_states | {common.STEP: jnp.asarray(at, jnp.int32)})
+        after, _ = update(start, batch, KEY, 'finetune_actor')
+        assert after.opt_states[common.STEP] == at + 1
+        assert_close(displacement(start, after, modules), jax.tree.map(lambda x, s=scale: s * x, steps), 1e-3, 2e-7)
+    assert common.rate_schedule(agent) == 1
+    pretrained = [update(each, batch, KEY, 'pretrain')[0] for each in (agent, plain)]
+    assert_close(pretrained[0].params, pretrained[1].params, 1e-6, 1e-7)
+
+
+def displacement(before, after, modules):
+    return {name: jax.tree.map(jnp.subtract, after.params[name], before.params[name]) for name in modules}
+
+
+def test_settings_of_the_schedule(name):
+    module, config = agents.load(name), tiny_agents.make_config(name)
+    assert config.finetuning_schedule == ('cosine' if name == 'infom' else 'constant')
+    assert module.has_schedule(config) == (name == 'infom')
+    config.finetuning_schedule = 'cosine'
+    assert module.has_schedule(config)
+    for wrong in (dict(finetuning_schedule='linear'), dict(schedule_steps=0)):
+        with pytest.raises(UserError, match=next(iter(wrong))):
+            module.validate_config(tiny_agents.make_config(name, **wrong))
 
 
 # -------------------------------------------------------------------------------------------------- the actor that acts

@@ -13,7 +13,7 @@ from absl import flags
 
 import envs
 from agents import fb_iql, stabilizers
-from agents.infom import STEP
+from agents.common import STEP
 from tests.tiny import random_walks
 from utils import checkpoints, runs, saved_policy, training
 from utils.errors import TrainingDiverged, UserError

@@ -10,7 +10,8 @@ import optax
 import pytest
 
 from agents import common, stabilizers
-from agents.infom import STEP, InFOMAgent
+from agents.common import STEP
+from agents.infom import InFOMAgent
 from tests import infom_reference as reference
 from tests import tiny, tiny_agents
 from utils import checkpoints, datasets, training
@@ -170,20 +171,6 @@ def test_absorbing_ends(reward_at):
     # Reward-free data end nothing.
     del batch['reward_observations']
     np.testing.assert_array_equal(agent.future_term(batch, z, times, KEY), plain.future_term(batch, z, times, KEY))
-
-
-def test_cosine():
-    agent, batch = make_case(schedule_steps=100)
-    plain, _ = make_case(finetuning_schedule='constant', schedule_steps=100)
-    step = jax.tree.map(lambda new, old: new - old, finetune(plain, batch).params, plain.params)
-    for at, scale in ((0, 1.0), (50, 0.5), (100, 0.0), (150, 0.0)):
-        start = at_step(agent, at)
-        after = finetune(start, batch)
-        assert after.opt_states[STEP] == at + 1
-        taken = jax.tree.map(lambda new, old: new - old, after.params, start.params)
-        jax.tree.map(
-            lambda ours, full, scale=scale: np.testing.assert_allclose(ours, scale * full, atol=2e-7), taken, step
-        )
 
 
 def test_the_expectile_rises():
