@@ -149,7 +149,7 @@ def rate_schedule(agent):
 
     Labelled data are few: at constant rates InFOM's success is lost again in long fine-tuning (docs/stability.md).
     """
-    if agent.config.finetuning_schedule == 'constant' or agent.config.schedule_steps is None:
+    if not has_schedule(agent.config) or agent.config.schedule_steps is None:
         return 1.0
     return 0.5 * (1 + jnp.cos(jnp.pi * finetuning_progress(agent)))
 

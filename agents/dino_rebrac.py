@@ -204,7 +204,6 @@ has_schedule = common.has_schedule
 
 def validate_config(config):
     """Raises UserError for values that no DINO + ReBRAC run can have."""
-    common.validate_schedule(config)
     rebrac.validate_config(config)
     if config.encoder is None:
         raise UserError('agent.encoder=None: DINO trains an encoder; use mlp for states, impala_small for images')

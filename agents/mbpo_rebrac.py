@@ -247,7 +247,6 @@ ADVICE = 'choose a task with state observations, or another agent (rebrac, dino_
 
 def validate_config(config):
     """Raises UserError for values that no MBPO + ReBRAC run can have."""
-    common.validate_schedule(config)
     rebrac.validate_config(config)
     if config.encoder is not None:
         raise UserError(

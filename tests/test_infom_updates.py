@@ -316,6 +316,8 @@ def test_actions_of_images():
         (dict(num_flow_steps=-1), 'num_flow_steps'),
         (dict(num_critic_latents=0), 'num_critic_latents'),
         (dict(finetuning_field_rate=-0.1), 'finetuning_field_rate'),
+        (dict(finetuning_schedule='linear'), 'finetuning_schedule'),
+        (dict(schedule_steps=0), 'schedule_steps'),
     ],
 )
 def test_impossible_configurations_are_user_errors(overrides, message):
