@@ -168,6 +168,10 @@ TECHNIQUES = {
         lambda: with_options(CONCURRENT_GRAPHS),
         backends=('gpu',),
     ),
+    'packing': Technique(
+        'vectors and scalars in one array from update to update, against each in its own',
+        lambda: [mock.patch.object(training, '_scan', jax.lax.scan)],
+    ),
     'flat Adam': Technique(
         'not taken: parameters as they are, against one vector for each module',
         lambda: [mock.patch.object(optax, 'adam', flattened_adam)],

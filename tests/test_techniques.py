@@ -64,6 +64,24 @@ def test_without_donation_the_agents_outlive_the_chunk():
         assert all(leaf.is_deleted() != bool(patches) for leaf in jax.tree.leaves(agents.params))
 
 
+def test_without_packing_a_chunk_is_the_same():
+    dataset, config, programs, results = make_dataset(random_walks()), make_config(batch_size=4), [], []
+    for patches in ([], techniques.TECHNIQUES['packing'].without()):
+        jax.clear_caches()
+        agents = training.create_agents(InFOMAgent, [0], example_batch(dataset), config)
+        arguments = agents, dataset, training.stream_keys([0], 'pretraining'), jnp.int32(0)
+        with contextlib.ExitStack() as stack:
+            for patch in patches:
+                stack.enter_context(patch)
+            traced = training.train_chunk.trace(*arguments, phase='pretraining', n=3)
+        programs.append(str(traced.jaxpr))
+        results.append(traced.lower().compile()(*arguments))
+    jax.clear_caches()
+    assert programs[0] != programs[1], 'nothing was taken out'
+    for x, y in zip(jax.tree.leaves(results[0]), jax.tree.leaves(results[1]), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+
+
 def test_the_command_keeps_a_line_for_each_technique_and_device(tmp_path):
     command = [
         sys.executable, '-m', 'benchmarks.techniques', '--preset=smoke', '--updates=2', '--finetuning_updates=2',

@@ -102,6 +102,58 @@ def test_two_chunks_are_one_of_twice_the_length(data, phase):
     assert_close(halves, whole)
 
 
+def test_scan_is_that_of_jax_for_any_arrays():
+    """`_scan` packs vectors and scalars of floats: values, types and shapes come out as by `jax.lax.scan`."""
+    carry = {
+        'scalar': jnp.float32(0.5),
+        'vector': jnp.arange(3.0),
+        'matrix': jnp.ones((2, 3)),
+        'count': jnp.int32(7),
+        'flags': jnp.array([True, False]),
+        'none': None,
+    }
+
+    def body(carry, x):
+        new = {**carry, 'count': carry['count'] + 1, 'flags': ~carry['flags'], 'matrix': carry['matrix'] * x}
+        new |= {'scalar': carry['scalar'] - x, 'vector': carry['vector'] + carry['scalar'] * carry['matrix'][0]}
+        return new, {
+            'sum': new['vector'].sum(),
+            'vector': new['vector'],
+            'count': new['count'],
+            'matrix': new['matrix'],
+        }
+
+    inputs = jnp.linspace(0.5, 1.5, 4)
+    ours, expected = training._scan(body, carry, inputs), jax.lax.scan(body, carry, inputs)
+    assert jax.tree.structure(ours) == jax.tree.structure(expected)
+    for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+        assert x.dtype == y.dtype and x.shape == y.shape
+        np.testing.assert_allclose(x, y, rtol=1e-6)
+
+
+@pytest.mark.parametrize('phase', training_phases())
+def test_what_is_small_goes_from_update_to_update_in_one_array(data, phase):
+    """On a GPU each array is a kernel: neither parameters and moments nor metrics have one for every vector."""
+    agents, keys = create(data, seeds=[0]), training.stream_keys([0], phase)
+    traced = training.train_chunk.trace(agents, data[phase], keys, jnp.int32(0), phase=phase, n=4)
+    scans = scans_of(traced.jaxpr.jaxpr)
+    assert len(scans) == {'pretraining': 1, 'finetuning': 2}[phase]
+    for equation in scans:
+        carried = equation.outvars[: equation.params['num_carry']]
+        metrics = [out.aval for out in equation.outvars[equation.params['num_carry'] :]]
+        assert sum(out.aval.ndim <= 1 and out.aval.dtype == jnp.float32 for out in carried) == 1
+        assert [(out.dtype, out.ndim) for out in metrics] == [(jnp.float32, 2)]
+
+
+def scans_of(jaxpr):
+    found = [equation for equation in jaxpr.eqns if equation.primitive.name == 'scan']
+    for equation in jaxpr.eqns:
+        for value in equation.params.values():
+            inner = getattr(value, 'jaxpr', value)
+            found += scans_of(inner) if hasattr(inner, 'eqns') else []
+    return found
+
+
 def test_one_compilation_a_phase_and_length(data):
     agents = create(data)
     sizes = []

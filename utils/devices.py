@@ -18,14 +18,17 @@ from utils.intervals import largest_divisor
 AXES = 'seed', 'batch'
 
 
-def set_matmul_precision(precision: str) -> None:
+def set_matmul_precision(precision: str, backend: str | None = None) -> None:
     """Sets the precision of matrix products: `highest`, `tensorfloat32` or `bfloat16`, as `--precision` has them.
+
+    backend: what programs are compiled for, as `jax.default_backend` names it, which is the default.
 
     On an accelerator bfloat16 is asked for as an algorithm: JAX's level of that name means TensorFloat-32 on a GPU.
     Convolutions know levels only, and keep the device's default. A CPU computes in float32 at every level, and cannot
     do all products by that algorithm: what runs on the host beside an accelerator has `host_precision`.
     """
-    algorithm = 'BF16_BF16_F32' if precision == 'bfloat16' and jax.default_backend() != 'cpu' else precision
+    on_cpu = (backend or jax.default_backend()) == 'cpu'
+    algorithm = 'BF16_BF16_F32' if precision == 'bfloat16' and not on_cpu else precision
     jax.config.update('jax_default_matmul_precision', algorithm)
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 
 from utils import datasets, devices, diagnostics, processor
 
@@ -105,16 +106,50 @@ def _update(agent, source, keys, phase, **options):
     return (agent.pretrain if phase == 'pretraining' else agent.finetune)(batch, update_key, **options)
 
 
+def _pack(tree):
+    """(arrays, unpack): the pytree's scalars and vectors of floats in one array and its other arrays as they are, and
+    the function that makes the pytree of such arrays."""
+    leaves, structure = jax.tree.flatten(tree)
+    small = [x.ndim <= 1 and x.dtype == jnp.float32 for x in leaves]
+    vector, unravel = ravel_pytree([x for x, is_small in zip(leaves, small, strict=True) if is_small])
+
+    def unpack(arrays):
+        vector, others = arrays
+        parts, others = iter(unravel(vector)), iter(others)
+        return structure.unflatten([next(parts) if is_small else next(others) for is_small in small])
+
+    return (vector, [x for x, is_small in zip(leaves, small, strict=True) if not is_small]), unpack
+
+
+def _scan(body, carry, inputs):
+    """`jax.lax.scan`, with `carry` and outputs packed from step to step.
+
+    Each vector (a bias and its two moments, a metric) would be an operation of its own in every update: on a GPU a
+    kernel, which takes as long as a matrix's. Packed, all of them are one.
+    """
+    packed, unpack = _pack(carry)
+    unpack_outputs = None
+
+    def packed_body(packed, inputs_of_step):
+        nonlocal unpack_outputs
+        carry, outputs = body(unpack(packed), inputs_of_step)
+        outputs, unpack_outputs = _pack(outputs)
+        return _pack(carry)[0], outputs
+
+    packed, outputs = jax.lax.scan(packed_body, packed, inputs)
+    return unpack(packed), jax.vmap(unpack_outputs)(outputs)
+
+
 def _scan_updates(agent, source, keys, phase, **options):
     """Updates with keys (n, 2); `source`: the data set, or their batches (n, B, …)."""
     if isinstance(source, datasets.Dataset):
-        return jax.lax.scan(lambda agent, keys: _update(agent, source, keys, phase, **options), agent, keys)
+        return _scan(lambda agent, keys: _update(agent, source, keys, phase, **options), agent, keys)
 
     def body(agent, keys_and_batch):
         keys, batch = keys_and_batch
         return _update(agent, batch, keys, phase, **options)
 
-    return jax.lax.scan(body, agent, (keys, source))
+    return _scan(body, agent, (keys, source))
 
 
 def _keys_of(key, steps):
@@ -159,7 +194,7 @@ def _finetune_chunk(agent, source, key, start, n):
     steps = start + jnp.arange(n)
     keys = _keys_of(key, steps).reshape(-1, freq, 2)
     blocks = None if on_device else jax.tree.map(lambda x: x.reshape(-1, freq, *x.shape[1:]), source)
-    agent, (common, actor) = jax.lax.scan(block, agent, (keys, blocks))
+    agent, (common, actor) = _scan(block, agent, (keys, blocks))
     flat = {k: v.reshape(-1) for k, v in common.items()}
     return agent, {**_reduce(flat, steps), **_reduce(actor, steps[freq - 1 :: freq])}
 
