@@ -93,10 +93,14 @@ def _layer_norm_forward(x, scale, bias):
 def _layer_norm_backward(residuals, gradient):
     # In closed form: what automatic differentiation derives stores arrays of x's shape that hold one number a row.
     x, mean, inverse_std, scale = residuals
-    normalized, scaled = (x - mean) * inverse_std, gradient * scale
-    along = scaled.mean(axis=-1, keepdims=True) + normalized * (scaled * normalized).mean(axis=-1, keepdims=True)
+    # Held in memory: on a GPU XLA would compute it anew for each of its uses, in kernels of their own.
+    normalized = jax.lax.optimization_barrier((x - mean) * inverse_std)
+    # Centred first, then without its part along `normalized`, whose mean is 0: a chain, and one kernel, as above.
+    scaled = gradient * scale
+    centred = scaled - scaled.mean(axis=-1, keepdims=True)
+    across = centred - normalized * (centred * normalized).mean(axis=-1, keepdims=True)
     rows = tuple(range(x.ndim - 1))
-    return inverse_std * (scaled - along), (gradient * normalized).sum(axis=rows), gradient.sum(axis=rows)
+    return inverse_std * across, (gradient * normalized).sum(axis=rows), gradient.sum(axis=rows)
 
 
 layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
