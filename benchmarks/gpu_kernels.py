@@ -77,10 +77,7 @@ def count_kernels(hlo: str) -> tuple[collections.Counter, collections.Counter]:
     """Kernels of a compiled chunk by kind: ({kind: in the loop over updates, all its turns}, {kind: outside of it})."""
     computations, entry = _computations(hlo)
     outside, loops = _own_kernels(computations[entry])
-    inside = collections.Counter()
-    for loop in loops:
-        inside.update(_all_kernels(computations, loop))
-    return inside, outside
+    return sum((_all_kernels(computations, loop) for loop in loops), collections.Counter()), outside
 
 
 def _computations(hlo: str):
@@ -117,8 +114,7 @@ def _own_kernels(lines):
 def _all_kernels(computations, call):
     name, turns = call
     kernels, calls = _own_kernels(computations[name])
-    for inner in calls:
-        kernels.update(_all_kernels(computations, inner))
+    kernels = sum((_all_kernels(computations, inner) for inner in calls), kernels)
     return collections.Counter({kind: number * turns for kind, number in kernels.items()})
 
 
