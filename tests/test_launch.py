@@ -3,6 +3,7 @@ the same through submitit."""
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import yaml
 
 from sweeps import local, slurm
 from sweeps.sweep_files import expand
+from tests import slurm_cluster
 from utils.errors import UserError
 from utils.run_status import FINISHED, run_status
 
@@ -275,3 +277,33 @@ def test_a_preempted_job_saves_is_queued_again_and_resumes(sweep, here, tmp_path
     assert len(starts(run)) == 2
     assert run_status(run.directory) == FINISHED
     assert os.listdir(tmp_path / 'submitit')
+
+
+@pytest.mark.slow
+@slurm_cluster.needed
+def test_an_array_of_a_real_slurm_fails_alone_is_queued_again_and_resumes(sweep, tmp_path):
+    pytest.importorskip('submitit')
+    path = sweep(1, 2, 4)
+    good, bad, preempted = expand(path)
+    with slurm_cluster.cluster() as environment:
+
+        def call(*command):
+            return subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout
+
+        def states():
+            return call('squeue', '--noheader', '--states=all', '--sort=i', '--format=%T').split()
+
+        output = call(*command(path, '--backend=slurm', '--jobs=3', '--slurm=gpus_per_node=1', '--slurm=timeout_min=5'))
+        jobs = re.findall(r'^(\d+_\d+)  tiny/', output, re.MULTILINE)
+        assert len(jobs) == 3
+        wait_for(preempted.directory / 'waiting')
+        call('scancel', '--signal=USR2', jobs[2])  # SLURM's warning, as submitit asks for it.
+        deadline = time.monotonic() + 240
+        while not set(states()) <= {'COMPLETED', 'FAILED'}:
+            assert time.monotonic() < deadline, states()
+            time.sleep(0.5)
+        assert states() == ['COMPLETED', 'FAILED', 'COMPLETED']
+        assert 'nothing to submit' in call(*command(sweep(1, 4), '--backend=slurm'))
+    assert [len(starts(run)) for run in (good, bad, preempted)] == [1, 1, 2]
+    assert (preempted.directory / 'saved').exists()
+    assert run_status(preempted.directory) == FINISHED

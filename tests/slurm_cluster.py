@@ -1,0 +1,107 @@
+"""A SLURM of one node for a test: three daemons, processes of this user, with all of their files in one folder."""
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+# From Debian's and Ubuntu's packages slurmctld, slurmd, slurm-client and munge; the daemons are not on every PATH.
+SYSTEM_PATH = os.pathsep.join([os.environ['PATH'], '/usr/sbin', '/sbin'])
+PROGRAMS = 'munged', 'slurmctld', 'slurmd', 'sbatch', 'srun'
+needed = pytest.mark.skipif(
+    any(shutil.which(program, path=SYSTEM_PATH) is None for program in PROGRAMS), reason='SLURM is not installed'
+)
+GPUS = 4
+
+# The node has cores and GPUs on paper only, so that jobs may ask for a real node's. A job that is queued again waits
+# until its credentials have expired, by default for two minutes.
+CONFIG = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={controller_port}
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge/socket,cred_expire=10
+CryptoType=crypto/munge
+SlurmUser={user}
+SlurmdUser={user}
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SlurmdParameters=config_overrides
+MpiDefault=none
+KillWait=5
+SchedulerParameters=sched_interval=1
+GresTypes=gpu
+NodeName={host} NodeAddr=127.0.0.1 Port={node_port} CPUs=64 Gres=gpu:{gpus} State=UNKNOWN
+PartitionName=gpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+@contextlib.contextmanager
+def cluster():
+    """Yields the environment in which sbatch, srun, squeue and scancel talk to a new SLURM; ends it with its jobs."""
+    with (
+        tempfile.TemporaryDirectory(prefix='slurm') as name,
+        contextlib.ExitStack() as daemons,
+    ):  # A short path: sockets.
+        folder = Path(name)
+        environment = {**os.environ, 'PATH': SYSTEM_PATH, 'SLURM_CONF': str(folder / 'slurm.conf')}
+        _write_config(folder)
+
+        def start(*command):
+            process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            daemons.callback(process.wait)
+            daemons.callback(process.terminate)
+
+        munge = folder / 'munge'
+        files = [f'--{kind}-file={munge / kind}' for kind in ('key', 'pid', 'log', 'seed')]
+        start('munged', '--foreground', '--force', f'--socket={munge / "socket"}', *files)
+        start('slurmctld', '-D', '-c')
+        start('slurmd', '-D')
+        try:
+            _wait_until_idle(environment, folder)
+            yield environment
+        finally:
+            subprocess.run(['scancel', '--user', str(os.getuid())], env=environment, check=False)
+            time.sleep(1)
+
+
+def _write_config(folder):
+    for name in ('munge', 'state', 'spool'):
+        (folder / name).mkdir(mode=0o700)
+    (folder / 'munge' / 'key').write_bytes(os.urandom(1024))
+    (folder / 'munge' / 'key').chmod(0o600)
+    for gpu in range(GPUS):
+        (folder / f'gpu{gpu}').touch()
+    (folder / 'gres.conf').write_text(f'Name=gpu File={folder}/gpu[0-{GPUS - 1}]\n')
+    with socket.socket() as first, socket.socket() as second:
+        for free in (first, second):
+            free.bind(('127.0.0.1', 0))
+        ports = [free.getsockname()[1] for free in (first, second)]
+    values = {'host': socket.gethostname(), 'user': os.getuid(), 'folder': folder, 'gpus': GPUS}
+    values |= {'controller_port': ports[0], 'node_port': ports[1]}
+    (folder / 'slurm.conf').write_text(CONFIG.format(**values))
+
+
+def _wait_until_idle(environment, folder, seconds=30):
+    deadline = time.monotonic() + seconds
+    while True:
+        states = subprocess.run(['sinfo', '--noheader', '--format=%T'], env=environment, capture_output=True, text=True)
+        if states.stdout.split() == ['idle']:
+            return
+        logs = ''.join(path.read_text() for path in folder.glob('*.log'))
+        assert time.monotonic() < deadline, f'SLURM did not start: {states}\n{logs}'
+        time.sleep(0.2)
