@@ -27,7 +27,6 @@ SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller_port}
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge/socket,cred_expire=10
-CryptoType=crypto/munge
 SlurmUser={user}
 SlurmdUser={user}
 StateSaveLocation={folder}/state
@@ -53,12 +52,12 @@ PartitionName=gpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 @contextlib.contextmanager
 def cluster():
     """Yields the environment in which sbatch, srun, squeue and scancel talk to a new SLURM; ends it with its jobs."""
-    with (
-        tempfile.TemporaryDirectory(prefix='slurm') as name,
-        contextlib.ExitStack() as daemons,
-    ):  # A short path: sockets.
+    # Not pytest's own folder, whose path may be too long for a socket.
+    with tempfile.TemporaryDirectory(prefix='slurm') as name, contextlib.ExitStack() as daemons:
         folder = Path(name)
-        environment = {**os.environ, 'PATH': SYSTEM_PATH, 'SLURM_CONF': str(folder / 'slurm.conf')}
+        # Without what a job that these tests may run in has set for its own SLURM.
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(('SLURM', 'SBATCH', 'SRUN'))}
+        environment |= {'PATH': SYSTEM_PATH, 'SLURM_CONF': str(folder / 'slurm.conf')}
         _write_config(folder)
 
         def start(*command):
