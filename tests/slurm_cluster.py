@@ -11,6 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import wait_until
+
+ROOT = Path(__file__).resolve().parents[1]
+
 # From Debian's and Ubuntu's packages slurmctld, slurmd, slurm-client and munge; the daemons are not on every PATH.
 SYSTEM_PATH = os.pathsep.join([os.environ['PATH'], '/usr/sbin', '/sbin'])
 PROGRAMS = 'munged', 'slurmctld', 'slurmd', 'sbatch', 'srun'
@@ -50,15 +54,21 @@ PartitionName=gpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 
 @contextlib.contextmanager
-def cluster():
-    """Yields the environment in which sbatch, srun, squeue and scancel talk to a new SLURM; ends it with its jobs."""
+def cluster(**variables):
+    """Starts a SLURM and yields call('sbatch', …): runs a command that talks to it, and returns its output.
+
+    Ends it, with its jobs. variables: of the environment of commands and jobs.
+    """
     # Not pytest's own folder, whose path may be too long for a socket.
     with tempfile.TemporaryDirectory(prefix='slurm') as name, contextlib.ExitStack() as daemons:
         folder = Path(name)
         # Without what a job that these tests may run in has set for its own SLURM.
         environment = {k: v for k, v in os.environ.items() if not k.startswith(('SLURM', 'SBATCH', 'SRUN'))}
-        environment |= {'PATH': SYSTEM_PATH, 'SLURM_CONF': str(folder / 'slurm.conf')}
+        environment |= {'PATH': SYSTEM_PATH, 'SLURM_CONF': str(folder / 'slurm.conf'), **variables}
         _write_config(folder)
+
+        def call(*command):
+            return subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout
 
         def start(*command):
             process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -71,8 +81,14 @@ def cluster():
         start('slurmctld', '-D', '-c')
         start('slurmd', '-D')
         try:
-            _wait_until_idle(environment, folder)
-            yield environment
+            states = ['sinfo', '--noheader', '--format=%T']
+            wait_until(
+                lambda: subprocess.run(states, env=environment, capture_output=True).stdout == b'idle\n',
+                lambda: 'SLURM: ' + ''.join(path.read_text() for path in folder.glob('*.log')),
+                seconds=30,
+                pause=0.2,
+            )
+            yield call
         finally:
             subprocess.run(['scancel', '--user', str(os.getuid())], env=environment, check=False)
             time.sleep(1)
@@ -93,14 +109,3 @@ def _write_config(folder):
     values = {'host': socket.gethostname(), 'user': os.getuid(), 'folder': folder, 'gpus': GPUS}
     values |= {'controller_port': ports[0], 'node_port': ports[1]}
     (folder / 'slurm.conf').write_text(CONFIG.format(**values))
-
-
-def _wait_until_idle(environment, folder, seconds=30):
-    deadline = time.monotonic() + seconds
-    while True:
-        states = subprocess.run(['sinfo', '--noheader', '--format=%T'], env=environment, capture_output=True, text=True)
-        if states.stdout.split() == ['idle']:
-            return
-        logs = ''.join(path.read_text() for path in folder.glob('*.log'))
-        assert time.monotonic() < deadline, f'SLURM did not start: {states}\n{logs}'
-        time.sleep(0.2)

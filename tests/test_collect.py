@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ import pytest
 
 import envs
 from envs import collect_ogbench, data, episode_parts, play
+from tests.waiting import wait_until
 from utils.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -53,21 +53,18 @@ def arrays(path):
         return {name: archive[name] for name in archive.files}
 
 
-def wait_for(condition, what):
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, f'waited {PATIENCE_SECONDS} s for {what}'
-        time.sleep(0.02)
-
-
 @contextlib.contextmanager
 def interrupted_run(folder, parts=2, **settings):
     """A real process, caught when some episodes are finished and others are not. Nothing of it is left afterwards."""
     process = subprocess.Popen(
         command(folder, **settings), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+
+    def has_parts_or_ended():
+        return len(list(folder.glob('*.parts/*.npz'))) >= parts or process.poll() is not None
+
     try:
-        wait_for(lambda: len(list(folder.glob('*.parts/*.npz'))) >= parts or process.poll() is not None, 'episodes')
+        wait_until(has_parts_or_ended, 'episodes', PATIENCE_SECONDS)
         assert process.poll() is None
         yield process
     finally:
@@ -175,7 +172,11 @@ def test_killed_and_continued_equals_uninterrupted(reference, tmp_path):
         assert len(workers) >= 2
         process.kill()  # -9: it cannot clean up.
         process.wait()
-        wait_for(lambda: not any(is_running(worker) for worker in workers), 'the workers of a killed command')
+        wait_until(
+            lambda: not any(is_running(worker) for worker in workers),
+            'the workers of a killed command',
+            PATIENCE_SECONDS,
+        )
     assert not list(tmp_path.glob('*.npz'))
     finished = sorted(tmp_path.glob('*.parts/*.npz'))
     finished[0].write_bytes(finished[0].read_bytes()[:1000])  # As a power cut might leave it.
@@ -203,7 +204,11 @@ def test_a_signal_stops_it_in_one_line(tmp_path, number):
         process.send_signal(number)
         _, errors = process.communicate(timeout=PATIENCE_SECONDS)
         assert process.returncode == 128 + number
-        wait_for(lambda: not any(is_running(worker) for worker in workers), 'the workers of a stopped command')
+        wait_until(
+            lambda: not any(is_running(worker) for worker in workers),
+            'the workers of a stopped command',
+            PATIENCE_SECONDS,
+        )
     assert 'the same command continues' in errors and 'Traceback' not in errors
     assert list(tmp_path.glob('*.parts/*.npz')) and not list(tmp_path.glob('*.npz'))
 

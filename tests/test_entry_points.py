@@ -7,12 +7,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.waiting import has_lines, wait_until
 from utils import checkpoints, runs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -98,7 +98,6 @@ def test_smoke_run_with_video_and_offline_wandb(uninterrupted):
 def test_killed_twice_and_resumed_equals_uninterrupted(environment, data, tmp_path, uninterrupted):
     """kill −9 in each phase, then the same command: the same bits in the last checkpoint, the same metrics, each step
     once; neither videos, nor wandb, nor more workers play a part in either."""
-    log = tmp_path / 'g' / 'r' / 'metrics.jsonl'
     for lines in (3, 11):
         process = subprocess.Popen(
             command('main.py', data, tmp_path, *LENGTHS),
@@ -107,10 +106,8 @@ def test_killed_twice_and_resumed_equals_uninterrupted(environment, data, tmp_pa
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        deadline = time.monotonic() + 300
-        while not (log.exists() and log.read_bytes().count(b'\n') >= lines) and time.monotonic() < deadline:
-            assert process.poll() is None, 'ended before it could be killed'
-            time.sleep(0.01)
+        wait_until(lambda: has_lines(tmp_path / 'g' / 'r', lines) or process.poll() is not None, 'lines')
+        assert process.poll() is None, 'ended before it could be killed'
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
     resumed = start(environment, 'main.py', data, tmp_path, *LENGTHS)
@@ -130,10 +127,7 @@ def test_sigterm_saves_and_one_checkpoint_serves_two_tasks(environment, data, tm
     process = subprocess.Popen(
         long, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
-    log = tmp_path / 'g' / 'r' / 'metrics.jsonl'
-    deadline = time.monotonic() + 300
-    while not (log.exists() and log.read_bytes().count(b'\n') >= 2) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until(lambda: has_lines(tmp_path / 'g' / 'r', 2), 'lines')
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 0

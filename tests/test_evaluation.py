@@ -18,6 +18,7 @@ import gymnasium
 import numpy as np
 import pytest
 
+from tests.waiting import wait_until
 from utils.errors import UserError
 from utils.evaluation import Evaluator, record_video
 
@@ -320,10 +321,9 @@ def test_workers_end_with_their_owner(end):
         owner.communicate('\n', timeout=120)
     finally:
         owner.kill()
-    deadline = time.monotonic() + 60
-    while any(state_of(pid) not in ('', 'Z') for pid in workers):
-        assert time.monotonic() < deadline, 'workers outlive their owner'
-        time.sleep(0.05)
+    wait_until(
+        lambda: all(state_of(pid) in ('', 'Z') for pid in workers), 'workers that outlive their owner', seconds=60
+    )
 
 
 # --- Videos ---

@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ import yaml
 from sweeps import local, slurm
 from sweeps.sweep_files import expand
 from tests import slurm_cluster
+from tests.waiting import wait_until
 from utils.errors import UserError
 from utils.run_status import FINISHED, run_status
 
@@ -79,13 +79,6 @@ def label(alpha):
 def starts(run):
     path = run.directory / 'starts'
     return path.read_text().splitlines() if path.exists() else []
-
-
-def wait_for(path, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not path.exists():
-        assert time.monotonic() < deadline, f'{path} never came'
-        time.sleep(0.05)
 
 
 # ------------------------------------------------------------------------------------------------------------ local
@@ -205,7 +198,7 @@ def test_stopping_the_launcher_stops_its_runs_which_save(sweep, number):
     launcher = subprocess.Popen(command(path), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     signal.signal(signal.SIGINT, before)
     try:
-        wait_for(run.directory / 'waiting')
+        wait_until((run.directory / 'waiting').exists, 'the run', seconds=60)
         launcher.send_signal(number)
         output, errors = launcher.communicate(timeout=60)
     finally:
@@ -270,7 +263,7 @@ def test_a_preempted_job_saves_is_queued_again_and_resumes(sweep, here, tmp_path
     pytest.importorskip('submitit')
     (run,) = expand(sweep(4))
     (job,) = slurm.submit([run], tmp_path / 'submitit', 1, {'timeout_min': 5}, cluster='local')
-    wait_for(run.directory / 'waiting')
+    wait_until((run.directory / 'waiting').exists, 'the run', seconds=60)
     os.kill(int((run.directory / 'parent').read_text()), signal.SIGUSR2)  # SLURM's warning to the job
     assert job.result() == label(4)
     assert (run.directory / 'saved').exists()
@@ -285,10 +278,7 @@ def test_an_array_of_a_real_slurm_fails_alone_is_queued_again_and_resumes(sweep,
     pytest.importorskip('submitit')
     path = sweep(1, 2, 4)
     good, bad, preempted = expand(path)
-    with slurm_cluster.cluster() as environment:
-
-        def call(*command):
-            return subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout
+    with slurm_cluster.cluster() as call:
 
         def states():
             return call('squeue', '--noheader', '--states=all', '--sort=i', '--format=%T').split()
@@ -296,12 +286,9 @@ def test_an_array_of_a_real_slurm_fails_alone_is_queued_again_and_resumes(sweep,
         output = call(*command(path, '--backend=slurm', '--jobs=3', '--slurm=gpus_per_node=1', '--slurm=timeout_min=5'))
         jobs = re.findall(r'^(\d+_\d+)  tiny/', output, re.MULTILINE)
         assert len(jobs) == 3
-        wait_for(preempted.directory / 'waiting')
+        wait_until((preempted.directory / 'waiting').exists, 'the run', seconds=60)
         call('scancel', '--signal=USR2', jobs[2])  # SLURM's warning, as submitit asks for it.
-        deadline = time.monotonic() + 240
-        while not set(states()) <= {'COMPLETED', 'FAILED'}:
-            assert time.monotonic() < deadline, states()
-            time.sleep(0.5)
+        wait_until(lambda: set(states()) <= {'COMPLETED', 'FAILED'}, states, seconds=240, pause=0.5)
         assert states() == ['COMPLETED', 'FAILED', 'COMPLETED']
         assert 'nothing to submit' in call(*command(sweep(1, 4), '--backend=slurm'))
     assert [len(starts(run)) for run in (good, bad, preempted)] == [1, 1, 2]

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.waiting import has_lines, wait_until
 from utils import checkpoints, processes, runs
 from utils.errors import ProcessLost
 
@@ -58,12 +59,9 @@ def finish(process, timeout=300):
 
 
 def wait_for_lines(run_dir, lines, alive):
-    log, deadline = run_dir / 'metrics.jsonl', time.monotonic() + 300
-    while not (log.exists() and log.read_bytes().count(b'\n') >= lines):
-        assert time.monotonic() < deadline
-        for process in alive:
-            assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.05)
+    wait_until(lambda: has_lines(run_dir, lines) or any(process.poll() is not None for process in alive), 'lines')
+    for process in alive:
+        assert process.poll() is None, process.communicate()[0]
 
 
 def params(run_dir):

@@ -3,24 +3,22 @@
 Skipped where SLURM is not installed: `tests/slurm_cluster.py` says which packages it takes.
 """
 
+import itertools
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
-from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests import slurm_cluster, tiny
+from tests.waiting import has_lines, wait_until
 from utils import runs
 
 pytestmark = [pytest.mark.slow, slurm_cluster.needed]
 
-ROOT = Path(__file__).resolve().parents[1]
 FLAGS = (
     '--env_name=none --agent=agents/iql.py --preset=smoke --run_group=paper --chunk_size=20 --log_interval=20 '
     '--save_interval=200 --pretraining_steps=400 --finetuning_steps=600 --dataset={shared}/walks.npz'
@@ -30,19 +28,20 @@ STEPS = range(20, 1020, 20)
 
 @pytest.fixture(scope='module')
 def cluster(tmp_path_factory):
-    with slurm_cluster.cluster() as environment:
-        cache = str(tmp_path_factory.mktemp('cache'))
-        yield {**environment, 'JAX_PLATFORMS': 'cpu', 'XDG_CACHE_HOME': cache}
+    with slurm_cluster.cluster(XDG_CACHE_HOME=str(tmp_path_factory.mktemp('cache'))) as call:
+        yield call
 
 
 class Job:
     """The documented job with a small run in place of the paper's, all of whose files are in `shared`."""
 
-    def __init__(self, cluster, shared):
-        self.cluster = cluster
+    def __init__(self, call, shared):
+        self.call = call
         self.run_directory = shared / 'exp' / 'paper' / 'cube-single'
         self.output = shared / 'output.log'
-        script = re.search(r'#!/bin/bash\n.*?(?=```)', (ROOT / 'docs' / 'scaling.md').read_text(), re.DOTALL).group()
+        script = re.search(
+            r'#!/bin/bash\n.*?(?=```)', (slurm_cluster.ROOT / 'docs' / 'scaling.md').read_text(), re.DOTALL
+        ).group()
         replacements = {
             'python main.py': f'{sys.executable} main.py',
             '--env_name=cube-single-play-singletask-task1-v0': FLAGS.format(shared=shared),
@@ -58,33 +57,26 @@ class Job:
         options = '--parsable', '--nodes=1', f'--ntasks-per-node={num_tasks}', f'--output={self.output}'
         self.id = self.call('sbatch', *options, str(self.script)).strip()
 
-    def call(self, *command):
-        return subprocess.run(command, cwd=ROOT, env=self.cluster, check=True, capture_output=True, text=True).stdout
-
     def shows(self, name):
         return re.search(rf'\b{name}=(\S+)', self.call('scontrol', 'show', 'job', self.id)).group(1)
 
-    def wait_until(self, reached, seconds=240):
-        deadline = time.monotonic() + seconds
-        while not reached():
-            text = self.output.read_text() if self.output.exists() else ''
-            assert time.monotonic() < deadline, f'{self.shows("JobState")}\n{text}'
-            time.sleep(0.1)
+    def progress(self):
+        return f'{self.shows("JobState")}\n{self.output.read_text() if self.output.exists() else ""}'
 
     def wait_for_lines(self, lines):
-        log = self.run_directory / 'metrics.jsonl'
-        self.wait_until(lambda: log.exists() and log.read_bytes().count(b'\n') >= lines)
+        wait_until(lambda: has_lines(self.run_directory, lines), self.progress, seconds=240)
 
     def wait_for_end(self):
         """Returns the last state: COMPLETED, FAILED, …"""
-        self.wait_until(lambda: self.shows('JobState') not in ('PENDING', 'CONFIGURING', 'RUNNING', 'COMPLETING'))
+        going = 'PENDING', 'CONFIGURING', 'RUNNING', 'COMPLETING'
+        wait_until(lambda: self.shows('JobState') not in going, self.progress, seconds=240, pause=0.1)
         return self.shows('JobState')
 
     def logged_once(self):
         """Whether every seed has its line at every step, and none has two."""
         rows = runs.read_metrics(self.run_directory / 'metrics.jsonl')
-        counts = Counter((row['step'], row['seed']) for row in rows if 'training/loss' in row)
-        return set(counts) == {(step, seed) for step in STEPS for seed in range(8)} and set(counts.values()) == {1}
+        logged = [(row['step'], row['seed']) for row in rows if 'training/loss' in row]
+        return sorted(logged) == list(itertools.product(STEPS, range(8)))
 
 
 @pytest.fixture
