@@ -1,17 +1,22 @@
 # Everything runs in .venv, made from requirements.lock: make demo, make test, make lint, make bench, make clean.
-# PYTHON=python3.12 chooses the interpreter; PYTEST_ARGS='tests/test_flags.py -x' the tests.
+# PYTHON=python3.12 chooses the interpreter; PYTEST_ARGS='tests/test_flags.py -x' the tests, which are otherwise all but
+# the slow ones; make test-all leaves none out.
 
 PYTHON ?= python3
+PYTEST_ARGS ?= -m 'not slow'
 BIN := .venv/bin
 INSTALLED := .venv/requirements.lock
 
-.PHONY: demo test lint format bench clean .venv
+.PHONY: demo test test-all lint format bench clean .venv
 
 demo: $(INSTALLED)
 	$(BIN)/python -m utils.demo
 
 test: $(INSTALLED)
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
+
+test-all:
+	$(MAKE) test PYTEST_ARGS=
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

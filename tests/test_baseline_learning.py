@@ -100,6 +100,7 @@ def test_the_chain_asks_for_more_than_cloning():
     assert np.abs(behaviour_values() - OPTIMAL).max() > 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', AGENTS)
 def test_the_optimal_value_of_a_chain(name):
     """V (IQL) or min_k Q_k(s, μ(s)) (ReBRAC) is within 0.4 of the optimum, where the behaviour's is off by more than 2;
@@ -121,6 +122,7 @@ def test_the_optimal_value_of_a_chain(name):
 # -------------------------------------------------------------------------------------------------------- two arms
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('better', [1, -1])
 @pytest.mark.parametrize('name', AGENTS)
 def test_the_better_of_two_arms(name, better):

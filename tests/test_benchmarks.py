@@ -61,6 +61,7 @@ def batch():
     return make_batch(3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'options',
     [{}, {'critic_latent_type': 'encoding', 'q_agg': 'mean', 'value_layer_norm': False, 'clip_flow_goals': False}],
@@ -87,6 +88,7 @@ def test_the_host_loop_has_the_agents_losses(batch, options):
             )
 
 
+@pytest.mark.slow
 def test_first_updates_agree(batch):
     """Gradients are the same, too: Adam's first step is their sign, and frozen modules have none in either loop."""
     agent = make_agent(batch)
@@ -115,6 +117,7 @@ def test_host_batches_stay_inside_episodes():
     np.testing.assert_array_equal(batch['reward_observations'], batch['observations'])
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_line_of_json():
     command = [sys.executable, '-m', 'benchmarks.throughput', '--agent=infom', '--preset=smoke']
     command += ['--precision=bfloat16', '--updates=2', '--finetuning_updates=3', '--repeats=2', '--rows=2000']
@@ -222,6 +225,7 @@ def test_the_suite_keeps_one_line_for_each_entry_and_device(tmp_path):
     assert [json.loads(line)['device'] for line in (tmp_path / 'throughput.jsonl').open()] == ['cpu', 'gpu']
 
 
+@pytest.mark.slow
 def test_entries_are_compiled_side_by_side_and_measured_in_turn():
     short = {'preset': 'smoke', 'rows': 2000, 'updates': 2, 'finetuning_updates': 2, 'repeats': 1}
     entries = [{'agent': agent, **short} for agent in ('iql', 'rebrac')]
@@ -252,6 +256,7 @@ def test_every_entry_of_the_suite_can_be_measured():
             assert problem.config.batch_size == entry.get('batch_size', 256)
 
 
+@pytest.mark.slow
 def test_how_much_arithmetic_there_is_to_save():
     """At paper size the host loop's products are 1.16 times ours in pre-training, 1.28 times in fine-tuning: what
     there is to gain by arithmetic alone; the rest is memory traffic and what is not a product."""

@@ -152,6 +152,7 @@ def test_episodes_differ_between_files_and_splits(reference):
     assert len(np.unique(starts, axis=0)) == EPISODES['train'] + EPISODES['val']
 
 
+@pytest.mark.slow
 def test_the_number_of_workers_changes_nothing(reference, tmp_path):
     result = run(tmp_path, workers=3)
     assert result.returncode == 0, result.stderr
@@ -166,6 +167,7 @@ def test_the_same_command_again_is_quick_and_changes_nothing(reference):
     assert {path: path.stat().st_mtime_ns for path in reference.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_killed_and_continued_equals_uninterrupted(reference, tmp_path):
     with interrupted_run(tmp_path) as process:
         workers = children(process.pid)
@@ -197,6 +199,7 @@ def test_a_worker_that_dies_stops_it_in_one_line(tmp_path):
     assert 'ended with code -9' in errors.splitlines()[-1] and 'Traceback' not in errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_it_in_one_line(tmp_path, number):
     with interrupted_run(tmp_path, parts=1) as process:

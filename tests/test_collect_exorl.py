@@ -289,6 +289,7 @@ def test_only_the_predictor_learns_the_random_network(trained):
     assert actions.shape == (5, 6) and float(jnp.abs(actions).max()) <= 1
 
 
+@pytest.mark.slow
 def test_rnd_continued_equals_uninterrupted(tmp_path, monkeypatch):
     monkeypatch.setattr(rnd, 'RANDOM_TRANSITIONS', 2 * STEPS)  # Of the first round.
     step = exorl_env.ExORLEnv.step

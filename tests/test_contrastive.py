@@ -191,6 +191,7 @@ def test_crl_learns_the_log_density_ratio():
     assert np.abs(partition).max() < 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('goals', ['future', 'marginal'])
 def test_td_infonce_learns_the_log_density_ratio(goals):
     """Goals that follow their own row belong to the candidates of the row, too: one of 128, which the tolerance

@@ -399,6 +399,7 @@ def run(tmp_path, *command):
 SCRIPTS = ('main.py', 'pretrain.py', 'finetune.py')
 
 
+@pytest.mark.slow
 def test_the_documented_example_runs(tmp_path):
     text = (ROOT / 'docs/custom_data.md').read_text()
     (tmp_path / 'make_data.py').write_text(re.search(r'```python\n(.*?)```', text, re.S)[1])

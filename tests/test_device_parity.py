@@ -29,6 +29,7 @@ def test_the_seed_that_differs_most_counts():
     assert [line.split(' | ')[1:3] for line in lines] == [['q', '40'], ['loss', '40'], ['zero', '50']]
 
 
+@pytest.mark.slow
 def test_a_device_that_trains_otherwise_is_found(monkeypatch):
     """The second of each pair of chunks is the processor's: here the devices' rows are those of other batches."""
     problem = throughput.make_problem('iql', 'cube-single-play-singletask-task1-v0', 'smoke', 2000, 16)
@@ -48,6 +49,7 @@ def test_a_device_that_trains_otherwise_is_found(monkeypatch):
     assert sum(row.share > 0.01 for row in rows if row.phase == 'finetuning') > 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('count', 'code', 'said'), [(2, 0, '0 of'), (1, 2, 'no device but the processor')])
 def test_the_command(count, code, said):
     options = ['--preset=smoke', '--agent=iql', '--updates=4', '--finetuning_updates=4', '--repeats=1', '--rows=2000']

@@ -279,6 +279,7 @@ def test_no_fine_tuning_is_none(tmp_path):
     assert run_status(config.run_dir) == FINISHED
 
 
+@pytest.mark.slow
 def test_seeds_side_by_side_equal_seeds_alone(finished, tmp_path):
     _, solo, _ = finished
     both = run(make_config(tmp_path, '--num_seeds=2'), calls=[])
@@ -315,6 +316,7 @@ def test_one_checkpoint_fine_tunes_on_its_own(finished, tmp_path):
     assert run_status(config.run_dir) == 'not finished: at step 48 of 58'
 
 
+@pytest.mark.slow
 def test_a_stabilizer_starts_from_a_pretraining_without_it_and_is_kept_from_then_on(finished, tmp_path):
     reference, *_ = finished
     for steps in (8, 16):
@@ -414,6 +416,7 @@ def test_the_settings_of_data_reach_the_data(tmp_path, task, arguments):
         np.testing.assert_array_equal(dataset.rewards, load(phase, split, None)['rewards'], err_msg=split)
 
 
+@pytest.mark.slow
 def test_fine_tuning_infers_the_task_from_many_labelled_rows(tmp_path, monkeypatch):
     """What `begin_finetuning` makes of them is what is fine-tuned, and what a checkpoint gives back."""
     seen = []

@@ -115,6 +115,7 @@ def test_the_policy_acts_at_the_latent_of_the_task():
 NUM_STATES = 7
 
 
+@pytest.mark.slow
 def test_the_inferred_latent_solves_a_ring_for_three_rewards():
     """After pre-training without any reward, and nothing but the latent's inference, the policy takes the shorter way
     to each of three states from everywhere."""

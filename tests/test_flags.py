@@ -394,6 +394,7 @@ def test_the_beginning_of_a_run(run, tmp_path):
     assert list(cache.iterdir()), 'nothing was cached'
 
 
+@pytest.mark.slow
 def test_a_cache_that_cannot_be_written_costs_a_warning(run):
     result = run(f'--env_name={TASK}', '--preset=smoke', XDG_CACHE_HOME='/proc/nowhere')
     assert result.returncode == 0, result.stderr
@@ -401,6 +402,7 @@ def test_a_cache_that_cannot_be_written_costs_a_warning(run):
     assert 'chunk 20 chosen' in result.stdout
 
 
+@pytest.mark.slow
 def test_the_cache_can_be_turned_off(run, tmp_path):
     result = run(f'--env_name={TASK}', '--preset=smoke', '--nocompilation_cache', '--chunk_size=4')
     assert result.returncode == 0, result.stderr

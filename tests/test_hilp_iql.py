@@ -7,6 +7,7 @@ import logging
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import agents
 from agents.hilp_iql import HILPIQLAgent
@@ -89,6 +90,7 @@ def test_the_latent_is_the_least_squares_solution(caplog):
 NUM_STATES, DISCOUNT = 9, 0.9
 
 
+@pytest.mark.slow
 def test_distances_are_monotone_in_the_steps_between_states():
     """‖φ(s) − φ(g)‖ grows with the shortest way, for every state, and one step is about 1."""
     raw, _ = rings.random_walk(NUM_STATES)

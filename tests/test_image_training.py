@@ -62,6 +62,7 @@ def test_every_agent_takes_the_batches_of_an_image_data_set(name):
         assert metrics
 
 
+@pytest.mark.slow
 def test_an_update_on_images_is_the_same_from_the_host():
     """InFOM, computed: one update on the device's data and one on batches drawn on the host."""
     dataset = image_dataset(labelled=False)
@@ -83,6 +84,7 @@ def test_an_update_on_images_is_the_same_from_the_host():
         np.testing.assert_allclose(one, two, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_frame_is_in_memory_once():
     """From file to trained agent: at most 1.15 times the pixels a frame; a second copy would make it 2."""
     frames = 16_000

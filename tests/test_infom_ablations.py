@@ -170,6 +170,7 @@ def test_the_representation_has_the_sizes_and_rates_of_its_agent(name):
     assert all(not np.array_equal(x, y) for x, y in shared)
 
 
+@pytest.mark.slow
 def test_several_intentions_per_row():
     """M draws of z for a row are M targets of its Q: the mean of their expectile losses."""
     batch = tiny_agents.make_batch()

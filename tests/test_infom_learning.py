@@ -111,6 +111,7 @@ def two_behaviours(num_episodes=800, length=5):
     return rows_of(states[..., None], (later * 0.8 * behaviour)[..., None])
 
 
+@pytest.mark.slow
 def test_inferred_intentions_lead_to_where_their_behaviour_goes():
     """Given z ~ q(z | s', a') of one behaviour, futures of the common start lie on its side; given z ~ N(0, I), on
     either side.
@@ -160,6 +161,7 @@ def test_the_expectile_loss_finds_the_expectile(expectile):
     assert abs(float(grid[jnp.argmin(losses)]) - expectile) < 2e-3
 
 
+@pytest.mark.slow
 def test_fine_tuning_prefers_the_arm_that_leads_to_reward():
     """From the start, positive actions lead right and negative ones left; only the right is rewarded. The clone is
     indifferent, the fine-tuned policy goes right, and its Q knows the difference."""

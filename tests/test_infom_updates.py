@@ -209,6 +209,7 @@ def test_first_adam_step_has_the_size_of_the_learning_rate():
         np.testing.assert_allclose(largest, size, rtol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('case', 'joint_adam'), [(state_case, False), (state_case, True), (image_case, False)])
 def test_the_occupancy_model_has_a_rate_of_its_own_in_fine_tuning(case, joint_adam):
     agent, batch = case()

@@ -136,6 +136,7 @@ def test_infom_from_run_to_page(data_dir, tmp_path, small):
     assert len(values) == 40 and {'realised return', 'Q, as the actor sees it'} < set(values[0])
 
 
+@pytest.mark.slow
 def test_own_data_are_shown_by_numbered_observations(tmp_path, small):
     raw = tiny.random_walks(labelled=True)
     np.savez(tmp_path / 'mine.npz', **raw)

@@ -140,6 +140,7 @@ def test_tasks_with_a_rule():
     assert 'termination_reward' not in presets.resolve('mbpo_rebrac', 'walker_walk').agent
 
 
+@pytest.mark.slow
 def test_imagined_returns_match_the_true_model_on_linear_dynamics():
     """s' = A·s + B·a and a reward that is linear in s: five imagined steps give the true states and returns."""
     rng = np.random.default_rng(0)

@@ -61,6 +61,7 @@ def test_what_there_is_not(name):
         tiny_agents.make_agent('infom', tiny_agents.make_batch(), stabilizer=name)
 
 
+@pytest.mark.slow
 def test_chunks_of_two_seeds_with_all_of_them():
     """Both phases run under the loop's transformations, and keep the agents' structure."""
     data = tiny.make_dataset(tiny.random_walks(labelled=True))

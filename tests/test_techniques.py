@@ -64,6 +64,7 @@ def test_without_donation_the_agents_outlive_the_chunk():
         assert all(leaf.is_deleted() != bool(patches) for leaf in jax.tree.leaves(agents.params))
 
 
+@pytest.mark.slow
 def test_without_packing_a_chunk_is_the_same():
     dataset, config, programs, results = make_dataset(random_walks()), make_config(batch_size=4), [], []
     for patches in ([], techniques.TECHNIQUES['packing'].without()):
@@ -82,6 +83,7 @@ def test_without_packing_a_chunk_is_the_same():
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_command_keeps_a_line_for_each_technique_and_device(tmp_path):
     command = [
         sys.executable, '-m', 'benchmarks.techniques', '--preset=smoke', '--updates=2', '--finetuning_updates=2',

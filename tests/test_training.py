@@ -69,6 +69,7 @@ def step_by_step(agent, dataset, key, steps, phase):
     return agent, metrics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('phase', training_phases())
 def test_a_chunk_is_the_loop_of_its_updates(data, phase):
     agents = create(data)
@@ -83,6 +84,7 @@ def test_a_chunk_is_the_loop_of_its_updates(data, phase):
         np.testing.assert_allclose(means['actor_q'][0][1], np.mean([m['actor_q'] for m in metrics[1::2]]), rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('phase', training_phases())
 def test_a_seed_beside_others_is_the_seed_alone(data, phase):
     together, _ = chunk(create(data), data, phase, 0, 8)
@@ -94,6 +96,7 @@ def test_a_seed_beside_others_is_the_seed_alone(data, phase):
     assert jnp.abs(different).max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('phase', training_phases())
 def test_two_chunks_are_one_of_twice_the_length(data, phase):
     halves = chunk(create(data), data, phase, 0, 4)[0]
@@ -174,6 +177,7 @@ def test_the_agents_buffers_are_donated(data):
     jax.block_until_ready(trained)
 
 
+@pytest.mark.slow
 def test_the_first_bad_step_is_named(data):
     """A learning rate that makes the reward model overflow: the step and the metric are those of the plain loop."""
     labelled = data['finetuning'].replace(rewards=jnp.full_like(data['finetuning'].rewards, jnp.nan))
@@ -183,6 +187,7 @@ def test_the_first_bad_step_is_named(data):
     assert metrics['critic_loss'][1].tolist() == [5, 5], 'the reward model is NaN after the first update'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('phase', training_phases())
 def test_batches_drawn_on_the_host_are_those_drawn_on_the_device(data, phase, monkeypatch):
     """In chunks of 8, and in the shorter ones that limited memory asks for."""

@@ -50,6 +50,7 @@ def test_images_are_stored_as_bytes_of_the_state_domains_episodes(folder, tmp_pa
     assert len({image.tobytes() for image in observations}) == len(observations)
 
 
+@pytest.mark.slow
 def test_the_number_of_workers_changes_nothing(folder, tmp_path):
     for path in collect(tmp_path, workers=2):
         assert path.read_bytes() == (folder / path.name).read_bytes()
@@ -72,6 +73,7 @@ def test_an_environment_sees_what_the_data_hold(folder):
     env.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('domain', DOMAINS)
 def test_observations_are_stacked_frames(domain):
     task = f'{domain}-play-singletask-task1-v0'
