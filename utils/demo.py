@@ -27,11 +27,11 @@ TASK = 'scene-play-singletask-task1-v0'
 # What ten minutes allow, and enough validation to see the flow loss diverge: (split, training episodes, validation
 # episodes).
 COLLECTED = (('pretrain', 60, 3), ('finetune', 30, 3))
-# A tenth of the published weight of cloning: after so few updates Q has little slope in the actions, and at the full
-# weight the policy would stay the clone.
+# A third of the published weight of cloning: after so few updates Q has little slope in the actions, and at the full
+# weight the policy would stay the clone; at a tenth it leaves the data (results/demo).
 SETTINGS = (
     '--preset=small',
-    '--agent.alpha=30',
+    '--agent.alpha=100',
     '--pretraining_steps=8000',
     '--finetuning_steps=15000',
     '--eval_interval=3000',
