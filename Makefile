@@ -15,8 +15,8 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
 
-test-all:
-	$(MAKE) test PYTEST_ARGS=
+test-all: PYTEST_ARGS =
+test-all: test
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
