@@ -5,9 +5,9 @@
 
 Worth running on a new machine, driver or version of JAX, before hours of training. In each phase, chunks of `--updates`
 (`--finetuning_updates`) start on both devices from the agents that the processor has reached, so that rounding has no
-time to grow, on synthetic data of the task's shapes. Prints a Markdown table, what differs most first; exit code 1
-where a metric differs by more than `--tolerance`, or is not finite. The other flags are those of
-`benchmarks/throughput.py`.
+time to grow, on synthetic data of the task's shapes; and so does the switch between the phases, in which each part of
+the agents is compared. Prints a Markdown table, what differs most first; exit code 1 where a metric or a part differs
+by more than `--tolerance`, or is not finite. The other flags are those of `benchmarks/throughput.py`.
 """
 
 from collections.abc import Iterator
@@ -28,7 +28,8 @@ SMALL = 0.01  # Numbers below it are told from 0 by their difference alone.
 
 
 class Difference(NamedTuple):
-    """One metric of one chunk, in the seed in which the devices differ most: `share` of the larger of the two."""
+    """One metric of one chunk, in the seed in which the devices differ most, or one part of the agents after the
+    switch, where it differs most: `share` of the larger of the two."""
 
     phase: str
     start: int
@@ -39,15 +40,26 @@ class Difference(NamedTuple):
 
 
 def differences(phase: str, start: int, on_host: dict, on_device: dict) -> list[Difference]:
-    """A chunk's metrics {name: (means (S,), first bad steps (S,))} on the host's processor and on the device."""
+    """Of {name: numbers} on the host's processor and on the device."""
     rows = []
-    for name, (host, _) in on_host.items():
-        host, device = np.asarray(host, np.float64), np.asarray(on_device[name][0], np.float64)
+    for name, host in on_host.items():
+        host, device = np.ravel(host).astype(np.float64), np.ravel(on_device[name]).astype(np.float64)
         share = np.abs(host - device) / np.maximum(np.maximum(np.abs(host), np.abs(device)), SMALL)
         share = np.where(np.isfinite(host) & np.isfinite(device), share, np.inf)
-        seed = int(np.argmax(share))
-        rows.append(Difference(phase, start, name, float(host[seed]), float(device[seed]), float(share[seed])))
+        worst = int(np.argmax(share))
+        rows.append(Difference(phase, start, name, float(host[worst]), float(device[worst]), float(share[worst])))
     return rows
+
+
+def means(metrics: dict) -> dict:
+    """The seeds' means of a chunk's {metric: (means (S,), first bad steps (S,))}."""
+    return {name: mean for name, (mean, _) in metrics.items()}
+
+
+def parts(agents) -> dict:
+    """{path: array} of the agents' floats, on the host."""
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(agents))
+    return {jax.tree_util.keystr(path): x for path, x in leaves if np.issubdtype(x.dtype, np.floating)}
 
 
 def compare(problem, num_seeds: int, updates: dict[str, int], chunks: int, device: jax.Device) -> Iterator[Difference]:
@@ -59,7 +71,12 @@ def compare(problem, num_seeds: int, updates: dict[str, int], chunks: int, devic
         data, keys = problem.dataset(phase), training.stream_keys(seeds, phase)
         if phase == 'finetuning':
             begin_keys = training.stream_keys(seeds, 'begin_finetuning')
-            state = jax.device_get(training.begin_finetuning(jax.device_put(state), jax.device_put(data), begin_keys))
+            begun = training.begin_finetuning(*jax.device_put((state, data)), begin_keys)
+            labelled = training.labelled_batches(state, jax.device_put(data, host), begin_keys)
+            with devices.host_precision():
+                begin = jax.vmap(problem.agent_class.begin_finetuning)
+                state = jax.device_get(begin(*jax.device_put((state, *labelled), host)))
+            yield from differences('switch', 0, parts(state), parts(begun))
 
         inputs = {where: jax.device_put((data, keys), where) for where in (host, device)}
 
@@ -71,7 +88,7 @@ def compare(problem, num_seeds: int, updates: dict[str, int], chunks: int, devic
             _, on_device = train(device, start)
             with devices.host_precision():
                 state, on_host = jax.device_get(train(host, start))
-            yield from differences(phase, start, on_host, on_device)
+            yield from differences(phase, start, means(on_host), means(on_device))
 
 
 def table(rows: list[Difference]) -> str:

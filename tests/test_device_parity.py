@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def metrics(**means):
-    return {name: (np.array(mean, np.float32), np.array([-1, -1])) for name, mean in means.items()}
+    return {name: np.array(mean, np.float32) for name, mean in means.items()}
 
 
 def test_the_seed_that_differs_most_counts():
@@ -40,6 +40,14 @@ def test_a_device_that_trains_otherwise_is_found(monkeypatch):
         wrong_step = options['phase'] == 'finetuning' and len(calls) % 2 == 1
         return train_chunk(agents, data, keys, start + 1000 * wrong_step, **options)
 
+    def begin_with_exchanged_moments(*inputs):
+        agents = begin_finetuning(*inputs)
+        adam, *rest = agents.opt_states['actor']
+        exchanged = adam._replace(mu=adam.nu, nu=adam.mu)
+        return agents.replace(opt_states=agents.opt_states | {'actor': (exchanged, *rest)})
+
+    begin_finetuning = device_parity.training.begin_finetuning
+    monkeypatch.setattr(device_parity.training, 'begin_finetuning', begin_with_exchanged_moments)
     monkeypatch.setattr(device_parity.training, 'train_chunk', wrong)
     updates = {'pretraining': 4, 'finetuning': 4}
     rows = list(device_parity.compare(problem, 2, updates, 2, jax.devices('cpu')[0]))
@@ -47,6 +55,8 @@ def test_a_device_that_trains_otherwise_is_found(monkeypatch):
     assert all(row.share == 0 for row in rows if row.phase == 'pretraining')
     assert {row.start for row in rows} == {0, 4}
     assert sum(row.share > 0.01 for row in rows if row.phase == 'finetuning') > 4
+    moved = {row.metric for row in rows if row.phase == 'switch' and row.share > 0}
+    assert moved and all(".opt_states['actor'][0]." in part for part in moved)
 
 
 @pytest.mark.slow

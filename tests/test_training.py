@@ -177,6 +177,16 @@ def test_the_agents_buffers_are_donated(data):
     jax.block_until_ready(trained)
 
 
+def test_fine_tuning_begins_with_the_targets_of_the_online_networks_and_all_else_as_it_was(data):
+    agents = create(data)
+    agents = agents.replace(target_params=jax.tree.map(lambda x: x + 1, agents.target_params))
+    begun = training.begin_finetuning(agents, data['finetuning'], training.stream_keys(SEEDS, 'begin_finetuning'))
+    expected = agents.replace(target_params={name: agents.params[name] for name in agents.target_params})
+    jax.tree.map(np.testing.assert_array_equal, begun, expected)
+    # Donated, what stays would change places, and on a GPU wrongly so (jax-ml/jax#39625).
+    assert not any(x.is_deleted() for x in jax.tree.leaves(agents))
+
+
 @pytest.mark.slow
 def test_the_first_bad_step_is_named(data):
     """A learning rate that makes the reward model overflow: the step and the metric are those of the plain loop."""

@@ -204,7 +204,8 @@ def train_chunk(agents, source, keys, start, *, phase: str, n: int):
     """`n` updates of every seed, starting after `start` updates of this phase; one compilation for each (phase, n).
 
     source: the `Dataset` on the device, or the updates' batches by `draw_chunk`. keys (S,): the phase's stream.
-    Returns (agents, {metric: (mean (S,), first non-finite step (S,) or −1)}); `agents` is donated.
+    Returns (agents, {metric: (mean (S,), first non-finite step (S,) or −1)}); `agents` is donated, and comes first and
+    whole in what is returned, so that each array stays in its buffer (see `_begin_finetuning`).
     In fine-tuning, start and n are multiples of `actor_freq`.
     """
     chunk = _pretrain_chunk if phase == 'pretraining' else _finetune_chunk
@@ -267,15 +268,17 @@ def _draw_labelled(dataset, keys, *, spec: BatchSpec):
     return jax.vmap(lambda key: draw(dataset, key, spec))(keys)
 
 
-@functools.partial(jax.jit, donate_argnames='agents')
+# Not donated: all but the targets stays as it is, and XLA would have it change places with what has its shape, which
+# comes out wrong on a GPU (jax-ml/jax#39625): moments of Adam in each other's buffers.
+@jax.jit
 def _begin_finetuning(agents, batches, keys):
     begun = jax.vmap(lambda agent, batch, key: agent.begin_finetuning(batch, key))(agents, batches, keys)
     return devices.spread(begun, 'seed')
 
 
-def begin_finetuning(agents, dataset, keys, own_normalizer=False):
-    """Every seed's `begin_finetuning` on a labelled batch of its own (the agent's `num_latent_inference_samples`, or
-    one batch). `agents` is donated; the batches are drawn where `dataset` is.
+def labelled_batches(agents, dataset, keys, own_normalizer=False):
+    """What every seed's `begin_finetuning` is given: (a labelled batch of its own, of the agent's
+    `num_latent_inference_samples` or as large as any, drawn where `dataset` is; a key).
 
     own_normalizer: the labelled observations have other units than those of pre-training; the batch then has their
     range, as `observation_min` and `observation_max`.
@@ -287,9 +290,15 @@ def begin_finetuning(agents, dataset, keys, own_normalizer=False):
     if own_normalizer and (observed := datasets.observation_range(dataset)) is not None:
         lowest, highest = (jnp.broadcast_to(bound, (len(keys), *bound.shape)) for bound in observed)
         drawn |= {'observation_min': lowest, 'observation_max': highest}
+    return drawn, agent_keys
+
+
+def begin_finetuning(agents, dataset, keys, own_normalizer=False):
+    """Every seed's `begin_finetuning`, on its `labelled_batches`."""
+    inputs = labelled_batches(agents, dataset, keys, own_normalizer)
     mesh = devices.mesh_of(agents)
     with devices.tracing(mesh):
-        return _begin_finetuning(agents, devices.place(drawn, mesh, 'seed'), devices.place(agent_keys, mesh, 'seed'))
+        return _begin_finetuning(agents, *devices.place(inputs, mesh, 'seed'))
 
 
 def _device_of(tree):
