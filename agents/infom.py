@@ -24,7 +24,7 @@ from agents import common, intentions, stabilizers
 from utils.encoders import make_encoder
 from utils.errors import UserError
 from utils.flows import clipping_bounds, euler_integrate, map_rows
-from utils.networks import GaussianActor, IntentionEncoder, ScalarHead, VectorField
+from utils.networks import GaussianActor, IntentionEncoder, ScalarHead, VectorField, rounded
 from utils.values import intention_values
 
 
@@ -77,7 +77,9 @@ class InFOMAgent(flax.struct.PyTreeNode):
         return self.networks.vector_field.apply({'params': params['vector_field']}, x, times, condition)
 
     def sample_futures(self, params, noise, condition):
-        """Future states (…, S): Euler steps of the field in `params` from noise (…, S), each clipped if configured."""
+        """Future states (…, S): Euler steps of the field in `params` from noise (…, S), each clipped if configured;
+        without gradient to the params."""
+        params = rounded(params)
         return euler_integrate(
             lambda x, t: self.velocity(params, x, t, condition), noise, self.config.num_flow_steps, self.flow_bounds
         )
@@ -178,7 +180,7 @@ class InFOMAgent(flax.struct.PyTreeNode):
         condition = self.condition(self.target_params, next_states, batch['next_actions'], latents)
         futures = map_rows(partial(self.sample_futures, self.target_params), noise, condition)
         x = times * futures + (1 - times) * noise
-        target = self.velocity(self.target_params, x, times, condition)
+        target = self.velocity(rounded(self.target_params), x, times, condition)
         if not (self.config.absorbing_ends and 'reward_observations' in batch):  # Reward-free data end nothing.
             return x, target
         states = self.features(self.target_params, batch['reward_observations'])
@@ -210,7 +212,7 @@ class InFOMAgent(flax.struct.PyTreeNode):
         noise = jax.random.normal(noise_key, (states.shape[0], self.config.num_flow_goals, states.shape[1]))
 
         def rewards_of_row(noise, condition):  # (N, S), (H,) → (N,)
-            return self.predicted_rewards(params, self.sample_futures(params, noise, condition))
+            return self.predicted_rewards(rounded(params), self.sample_futures(params, noise, condition))
 
         rewards = map_rows(rewards_of_row, noise, condition, samples_per_row=noise.shape[1])  # (B, N)
         return rewards.mean(axis=1) / (1 - self.config.discount)

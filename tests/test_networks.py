@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from utils import networks
+from utils import devices, networks
 from utils.networks import MLP, GaussianActor, IntentionEncoder, LayerNorm, ScalarHead, gaussian_log_prob
 
 KEY = jax.random.key(0)
@@ -49,6 +49,37 @@ def test_layer_norm_and_its_gradients_are_flax_s():
     (value, gradients), (expected, expected_gradients) = value_and_gradients(LayerNorm()), value_and_gradients(theirs)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     jax.tree.map(lambda g, e: np.testing.assert_allclose(g, e, rtol=1e-4, atol=1e-5), gradients, expected_gradients)
+
+
+def test_rounded_parameters_are_those_that_products_read():
+    """Biases and scales stay, and so does everything at any precision but bfloat16."""
+    params = MLP((16, 8), 3, layer_norm=True).init(KEY, jnp.ones((1, 4)))['params']
+    with jax.default_matmul_precision(devices.BFLOAT16):
+        kept = networks.rounded(params)
+        with devices.host_precision():
+            assert networks.rounded(params) is params
+    assert networks.rounded(params) is params
+    types = {path[-1].key: leaf.dtype for path, leaf in jax.tree_util.tree_leaves_with_path(kept)}
+    assert types == {'kernel': jnp.bfloat16, 'bias': jnp.float32, 'scale': jnp.float32}
+
+
+def test_products_with_a_rounded_kernel_round_the_other_side_and_add_up_in_float32():
+    mlp = MLP((64,), 3, layer_norm=True)
+    x = jax.random.normal(KEY, (5, 512))
+    params = mlp.init(KEY, x)['params']
+    with jax.default_matmul_precision(devices.BFLOAT16):
+        kept = networks.rounded(params)
+    output = mlp.apply({'params': kept}, x)
+
+    def product(x, layer):  # In float64, of values with bfloat16's seven bits of mantissa.
+        x, kernel = (np.asarray(jnp.asarray(v, jnp.bfloat16), np.float64) for v in (x, params[layer]['kernel']))
+        return x @ kernel + np.asarray(params[layer]['bias'], np.float64)
+
+    hidden = LayerNorm().apply({'params': params['LayerNorm_0']}, nn.gelu(jnp.float32(product(x, 'Dense_0'))))
+    assert output.dtype == jnp.float32
+    np.testing.assert_allclose(output, product(hidden, 'Dense_1'), atol=2e-3)  # A hidden value may round the other way.
+    # In float32 it is another number.
+    assert np.abs(output - mlp.apply({'params': params}, x)).max() > 5e-3
 
 
 @pytest.mark.parametrize('avx512', [False, True])

@@ -16,6 +16,7 @@ from utils.errors import UserError
 from utils.intervals import largest_divisor
 
 AXES = 'seed', 'batch'
+BFLOAT16 = 'BF16_BF16_F32'  # As JAX names the algorithm.
 
 
 def set_matmul_precision(precision: str, backend: str | None = None) -> None:
@@ -28,7 +29,7 @@ def set_matmul_precision(precision: str, backend: str | None = None) -> None:
     do all products by that algorithm: what runs on the host beside an accelerator has `host_precision`.
     """
     on_cpu = (backend or jax.default_backend()) == 'cpu'
-    algorithm = 'BF16_BF16_F32' if precision == 'bfloat16' and not on_cpu else precision
+    algorithm = BFLOAT16 if precision == 'bfloat16' and not on_cpu else precision
     jax.config.update('jax_default_matmul_precision', algorithm)
 
 

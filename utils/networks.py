@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from utils import devices
 from utils.processor import has_avx512
 
 LAYER_NORM_EPSILON = 1e-6
@@ -22,10 +23,25 @@ def kernel_init(scale: float = 1.0):
     return nn.initializers.variance_scaling(scale, 'fan_avg', 'uniform')
 
 
+def rounded(params):
+    """Parameters for passes without gradient, in which a layer's output feeds nothing but the next product: at the
+    precision bfloat16 the kernels of `Dense` in bfloat16, else `params` themselves.
+
+    `matmul` then rounds a layer's output before it is stored, not on its way into the product, which changes no number
+    and halves what travels through an accelerator's memory.
+    """
+    if jax.config.jax_default_matmul_precision != devices.BFLOAT16:
+        return params
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: x.astype(jnp.bfloat16) if path[-1].key == 'kernel' else x, params
+    )
+
+
 @jax.custom_vjp
 def matmul(x, kernel):
-    """x (…, I) @ kernel (I, O), with a gradient of the kernel that is fast on CPUs, too."""
-    return x @ kernel
+    """x (…, I) @ kernel (I, O), with a gradient of the kernel that is fast on CPUs, too; a kernel in bfloat16
+    (`rounded`) has x rounded as well, sums are float32."""
+    return jnp.matmul(x.astype(kernel.dtype), kernel, preferred_element_type=jnp.float32)
 
 
 def _matmul_forward(x, kernel):
@@ -67,13 +83,17 @@ gradient_through.defvjp(
 )
 
 
-def dense(features: int, scale: float = 1.0, name: str | None = None):
-    """nn.Dense with this file's initialiser (`scale` as in `kernel_init`) and `matmul`."""
+class Dense(nn.Module):
+    """nn.Dense with this file's initialiser (`scale` as in `kernel_init`) and `matmul`, of a kernel as it is given."""
 
-    def dot_general(x, kernel, *_, **__):
-        return matmul(x, kernel)
+    features: int
+    scale: float = 1.0
 
-    return nn.Dense(features, kernel_init=kernel_init(scale), dot_general=dot_general, name=name)
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param('kernel', kernel_init(self.scale), (x.shape[-1], self.features))
+        bias = self.param('bias', nn.initializers.zeros, (self.features,))
+        return matmul(x, kernel) + bias
 
 
 @jax.custom_vjp
@@ -126,11 +146,11 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x):
         for width in self.hidden_dims:
-            x = nn.gelu(dense(width)(x))
+            x = nn.gelu(Dense(width)(x))
             if self.layer_norm:
                 x = LayerNorm()(x)
         if self.output_dim is not None:
-            x = dense(self.output_dim)(x)
+            x = Dense(self.output_dim)(x)
         return x
 
 
@@ -181,7 +201,7 @@ class GaussianActor(nn.Module):
         if self.encoder is not None:
             observations = self.encoder(observations)
         features = MLP(self.hidden_dims, layer_norm=self.layer_norm)(jnp.concatenate([observations, *inputs], axis=-1))
-        means = dense(self.action_dim, 0.01, 'mean')(features)
+        means = Dense(self.action_dim, 0.01, name='mean')(features)
         if self.const_std:
             return means, jnp.ones_like(means)
         log_stds = self.param('log_std', nn.initializers.zeros, (self.action_dim,))
@@ -204,8 +224,8 @@ class IntentionEncoder(nn.Module):
         if self.encoder is not None:
             observations = self.encoder(observations)
         features = MLP(self.hidden_dims, layer_norm=self.layer_norm)(jnp.concatenate([observations, actions], axis=-1))
-        means = dense(self.latent_dim, name='mean')(features)
-        log_stds = dense(self.latent_dim, name='log_std')(features)
+        means = Dense(self.latent_dim, name='mean')(features)
+        log_stds = Dense(self.latent_dim, name='log_std')(features)
         return means, jnp.clip(log_stds, -10.0, 2.0)
 
 
