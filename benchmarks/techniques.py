@@ -151,6 +151,11 @@ TECHNIQUES = {
         "LayerNorm's gradient in closed form",
         lambda: [mock.patch.object(networks, 'LayerNorm', flax_layer_norm)],
     ),
+    'early rounding': Technique(
+        'at `--precision=bfloat16`: what only products read stored rounded, against rounded on its way into them',
+        lambda: [mock.patch.object(infom, 'rounded', lambda params: params)],
+        backends=('gpu', 'tpu'),
+    ),
     'donation': Technique(
         'agents updated in their own memory', lambda: [mock.patch.object(training, 'train_chunk', undonated_chunk())]
     ),

@@ -14,7 +14,7 @@ import pytest
 from agents.infom import InFOMAgent
 from benchmarks import techniques, throughput
 from tests.tiny import make_agent, make_batch, make_config, make_dataset, random_walks
-from utils import processor, training
+from utils import devices, processor, training
 from utils.datasets import example_batch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,6 +48,20 @@ def test_an_update_without_the_technique_is_the_same(name, as_it_is):
     differences = jax.tree.map(lambda p, q: np.abs(np.asarray(p) - np.asarray(q)), params, as_it_is[0])
     differences = np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(differences)])
     assert np.mean(differences > 1e-5) < 0.01
+
+
+def test_without_early_rounding_only_products_round():
+    """In the program alone: a CPU does not do all products at that precision."""
+    programs, batch = [], make_batch(3)
+    for patches in ([], techniques.TECHNIQUES['early rounding'].without()):
+        with contextlib.ExitStack() as stack:
+            for patch in patches:
+                stack.enter_context(patch)
+            agent = make_agent(batch)
+            stack.enter_context(jax.default_matmul_precision(devices.BFLOAT16))
+            update = jax.make_jaxpr(lambda agent: agent.finetune(batch, jax.random.key(5), update_actor=True))
+            programs.append(str(update(agent)))
+    assert ['bf16[' in program for program in programs] == [True, False]
 
 
 def test_without_donation_the_agents_outlive_the_chunk():
