@@ -73,7 +73,12 @@ def test_a_mesh_trains_to_the_same_parameters(data, alone, phase, shape):
     expected, expected_metrics = alone(phase)
     assert_close(agents.params, expected.params)
     assert_close(metrics, expected_metrics)
-    messages = set(COLLECTIVES.findall(compiled.as_text()))
+    program = compiled.as_text()
+    # On a GPU, what is handed on unchanged from one donated buffer to another comes out wrong (jax-ml/jax#39625).
+    kept = re.findall(r'\{(\d+)\}: \((\d+), \{\}, may-alias\)', program.splitlines()[0])
+    places = [str(place) for place in range(len(jax.tree.leaves(agents)))]
+    assert kept == list(zip(places, places, strict=True)), 'every array of an agent keeps its buffer'
+    messages = set(COLLECTIVES.findall(program))
     if shape == 'seeds':
         assert not messages, 'seeds have nothing to tell each other'
     else:
