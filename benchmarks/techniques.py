@@ -117,9 +117,9 @@ def undonated_chunk():
 
 @dataclasses.dataclass(frozen=True)
 class Technique:
-    """`without` gives the patches that take it out; `single_updates`: without it a call makes one update, or one
-    period of the actor; `agent`: settings without it; `num_seeds`: side by side, against one after the other (times are
-    of all); `backends`: those that have it."""
+    """`without` gives the patches that take it out, `taken_out` is a context with them in force; `single_updates`:
+    without it a call makes one update, or one period of the actor; `agent`: settings without it; `num_seeds`: side by
+    side, against one after the other (times are of all); `backends`, `precision`: those that have it."""
 
     text: str
     without: Callable[[], list] = list
@@ -127,6 +127,14 @@ class Technique:
     agent: dict = dataclasses.field(default_factory=dict)
     num_seeds: int = 1
     backends: tuple[str, ...] = ('cpu', 'gpu', 'tpu')
+    precision: str | None = None
+
+    @contextlib.contextmanager
+    def taken_out(self):
+        with contextlib.ExitStack() as stack:
+            for patch in self.without():
+                stack.enter_context(patch)
+            yield
 
 
 TECHNIQUES = {
@@ -152,9 +160,10 @@ TECHNIQUES = {
         lambda: [mock.patch.object(networks, 'LayerNorm', flax_layer_norm)],
     ),
     'early rounding': Technique(
-        'at `--precision=bfloat16`: what only products read stored rounded, against rounded on its way into them',
+        'what only products read stored rounded (`--precision=bfloat16`), against rounded on its way into them',
         lambda: [mock.patch.object(infom, 'rounded', lambda params: params)],
         backends=('gpu', 'tpu'),
+        precision='bfloat16',
     ),
     'donation': Technique(
         'agents updated in their own memory', lambda: [mock.patch.object(training, 'train_chunk', undonated_chunk())]
@@ -194,9 +203,7 @@ def prepare_without(technique: Technique, problem, phase, updates, initial, comp
     config = ml_collections.ConfigDict(problem.config)
     config.update(technique.agent)
     plain = dataclasses.replace(problem, config=ml_collections.FrozenConfigDict(config))
-    with contextlib.ExitStack() as stack:
-        for patch in technique.without():
-            stack.enter_context(patch)
+    with technique.taken_out():
         jax.clear_caches()  # Traces do not know that what they called has changed.
         calls = updates // chunk * technique.num_seeds
         ready = throughput.prepare_loop(
@@ -270,7 +277,11 @@ def main(_):
     def initial(config, num_seeds=1):
         return jax.tree.map(jnp.copy, created(config, num_seeds))
 
-    names = FLAGS.only or [name for name, each in TECHNIQUES.items() if about['platform'] in each.backends]
+    names = FLAGS.only or [
+        name
+        for name, each in TECHNIQUES.items()
+        if about['platform'] in each.backends and each.precision in (None, FLAGS.precision)
+    ]
     progress = tqdm(total=len(names), desc='techniques', unit='technique')
     with ThreadPoolExecutor(FLAGS.compilers) as compilers:
 

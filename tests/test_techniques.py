@@ -1,6 +1,5 @@
 """The techniques benchmark compares like with like: without a technique the losses and their gradients are the same."""
 
-import contextlib
 import json
 import subprocess
 import sys
@@ -18,15 +17,14 @@ from utils import devices, processor, training
 from utils.datasets import example_batch
 
 ROOT = Path(__file__).resolve().parents[1]
+AS_IT_IS = techniques.Technique('nothing')
 PATCHED = ('unrolling', 'hoisting', 'blocks', 'layer norm', 'centred variance', 'flat Adam')
 
 
-def update(without=()):
-    """(parameters, metrics, program) of one fine-tuning update of a new agent, with `without` in force throughout."""
+def update(technique):
+    """(parameters, metrics, program) of one fine-tuning update of a new agent, `technique` taken out throughout."""
     batch, key = make_batch(3), jax.random.key(5)
-    with contextlib.ExitStack() as stack:
-        for patch in without:
-            stack.enter_context(patch)
+    with technique.taken_out():
         new = make_agent(batch, num_flow_steps=2, num_flow_goals=3)
         traced = jax.jit(lambda agent, key: agent.finetune(batch, key, update_actor=True)).trace(new, key)
         agent, metrics = traced.lower().compile()(new, key)
@@ -35,12 +33,12 @@ def update(without=()):
 
 @pytest.fixture(scope='module')
 def as_it_is():
-    return update()
+    return update(AS_IT_IS)
 
 
 @pytest.mark.parametrize('name', PATCHED)
 def test_an_update_without_the_technique_is_the_same(name, as_it_is):
-    params, metrics, program = update(techniques.TECHNIQUES[name].without())
+    params, metrics, program = update(techniques.TECHNIQUES[name])
     assert program != as_it_is[2], 'nothing was taken out'
     for key, value in as_it_is[1].items():
         np.testing.assert_allclose(metrics[key], value, rtol=1e-4, atol=1e-5, err_msg=key)
@@ -53,12 +51,9 @@ def test_an_update_without_the_technique_is_the_same(name, as_it_is):
 def test_without_early_rounding_only_products_round():
     """In the program alone: a CPU does not do all products at that precision."""
     programs, batch = [], make_batch(3)
-    for patches in ([], techniques.TECHNIQUES['early rounding'].without()):
-        with contextlib.ExitStack() as stack:
-            for patch in patches:
-                stack.enter_context(patch)
-            agent = make_agent(batch)
-            stack.enter_context(jax.default_matmul_precision(devices.BFLOAT16))
+    for technique in (AS_IT_IS, techniques.TECHNIQUES['early rounding']):
+        agent = make_agent(batch)
+        with technique.taken_out(), jax.default_matmul_precision(devices.BFLOAT16):
             update = jax.make_jaxpr(lambda agent: agent.finetune(batch, jax.random.key(5), update_actor=True))
             programs.append(str(update(agent)))
     assert ['bf16[' in program for program in programs] == [True, False]
@@ -68,26 +63,22 @@ def test_without_donation_the_agents_outlive_the_chunk():
     """On what `train_chunk` is called with: the agents' buffers are given away with it, and not without."""
     dataset = make_dataset(random_walks())
     config = make_config(batch_size=4)
-    for patches in ([], techniques.TECHNIQUES['donation'].without()):
+    for technique in (AS_IT_IS, techniques.TECHNIQUES['donation']):
         agents = training.create_agents(InFOMAgent, [0], example_batch(dataset), config)
         keys = training.stream_keys([0], 'pretraining')
-        with contextlib.ExitStack() as stack:
-            for patch in patches:
-                stack.enter_context(patch)
+        with technique.taken_out():
             training.train_chunk(agents, dataset, keys, jnp.int32(0), phase='pretraining', n=1)
-        assert all(leaf.is_deleted() != bool(patches) for leaf in jax.tree.leaves(agents.params))
+        assert all(leaf.is_deleted() == (technique is AS_IT_IS) for leaf in jax.tree.leaves(agents.params))
 
 
 @pytest.mark.slow
 def test_without_packing_a_chunk_is_the_same():
     dataset, config, programs, results = make_dataset(random_walks()), make_config(batch_size=4), [], []
-    for patches in ([], techniques.TECHNIQUES['packing'].without()):
+    for technique in (AS_IT_IS, techniques.TECHNIQUES['packing']):
         jax.clear_caches()
         agents = training.create_agents(InFOMAgent, [0], example_batch(dataset), config)
         arguments = agents, dataset, training.stream_keys([0], 'pretraining'), jnp.int32(0)
-        with contextlib.ExitStack() as stack:
-            for patch in patches:
-                stack.enter_context(patch)
+        with technique.taken_out():
             traced = training.train_chunk.trace(*arguments, phase='pretraining', n=3)
         programs.append(str(traced.jaxpr))
         results.append(traced.lower().compile()(*arguments))
@@ -130,9 +121,7 @@ def test_options_are_those_of_the_compiler():
     """Those of GPUs, too: XLA knows their names and values wherever it runs, and refuses others."""
     program = jax.jit(lambda x: x + 1).lower(jnp.ones(8))
     for name in ('graphs', 'concurrent graphs'):
-        with contextlib.ExitStack() as stack:
-            for patch in techniques.TECHNIQUES[name].without():
-                stack.enter_context(patch)
+        with techniques.TECHNIQUES[name].taken_out():
             options = processor.compiler_options('gpu')
         assert options and jnp.allclose(program.compile(compiler_options=options)(jnp.zeros(8)), 1.0)
     with pytest.raises(Exception, match='xla_gpu_enable_command_buffer'):

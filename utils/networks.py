@@ -25,10 +25,10 @@ def kernel_init(scale: float = 1.0):
 
 def rounded(params):
     """Parameters for passes without gradient, in which a layer's output feeds nothing but the next product: at the
-    precision bfloat16 the kernels of `Dense` in bfloat16, else `params` themselves.
+    precision bfloat16 with all kernels in bfloat16, else `params` themselves.
 
-    `matmul` then rounds a layer's output before it is stored, not on its way into the product, which changes no number
-    and halves what travels through an accelerator's memory.
+    `matmul` then rounds a layer's output before it is stored, not on its way into the product, which rounds nothing
+    else and halves what travels through an accelerator's memory.
     """
     if jax.config.jax_default_matmul_precision != devices.BFLOAT16:
         return params
