@@ -166,16 +166,15 @@ def main(_):
     plots.draw_learning_curves(
         members, figure, TASK, reference={'random policy': np.mean([row['success'] for row in scores[POLICIES[0]]])}
     )
-    video = output / 'final_policy.mp4'
-    film(run_directories[0], video)
     write_scores(output / 'scores.csv', scores, seeds)
     text = table(scores, len(seeds), num_episodes)
     with runs.atomic_path(output / 'table.txt') as temporary:
         temporary.write_text(text + '\n')
-    print(
-        f'\n{text}\n\nfigure: {figure}\nvideo:  {video}\nruns:   {directory / "runs"}\n'
-        f'took {time.monotonic() - began:.0f} s'
-    )
+    print(f'\n{text}\n\nfigure: {figure}\nruns:   {directory / "runs"}', flush=True)
+    # Last: a machine that cannot render has all else by then.
+    video = output / 'final_policy.mp4'
+    film(run_directories[0], video)
+    print(f'video:  {video}\ntook {time.monotonic() - began:.0f} s')
 
 
 if __name__ == '__main__':
