@@ -124,8 +124,9 @@ def weight_decay(config, module: str) -> float:
 STEP = 'finetuning_step'  # Beside the Adam states: updates of fine-tuning so far.
 
 
-def validate_schedule(config):
-    """Raises UserError for a schedule that there is not, or one without a length."""
+def validate_optimizer(config):
+    """Raises UserError for a schedule that there is not, one without a length, or a weight decay below 0."""
+    require_at_least(0, config, *(name for name in config if name.endswith('_weight_decay')))
     require_choice(config, 'finetuning_schedule', ('cosine', 'constant'))
     if config.schedule_steps is not None:
         require_at_least(1, config, 'schedule_steps')
@@ -176,11 +177,7 @@ def averaged_actor(actor, average, count, tau: float):
 
 
 def init_adam(params, config):
-    """One Adam state per module, the actor that acts, and the count of fine-tuning's updates. Raises UserError for a
-    weight decay below 0."""
-    for name in params:
-        if f'{name}_weight_decay' in config:
-            require_at_least(0, config, f'{name}_weight_decay')
+    """One Adam state per module, the actor that acts, and the count of fine-tuning's updates."""
     states = {name: optax.adam(learning_rate(config, name)).init(module) for name, module in params.items()}
     return states | {ACTING_ACTOR: copy_of(params['actor']), STEP: jnp.zeros((), jnp.int32)}
 
@@ -191,9 +188,10 @@ def adam_step(agent, modules, loss_fn, rates=None):
 
     `loss_fn(params) -> (loss, metrics)` takes the full dict of parameters. Returns (params, opt_states, metrics).
     With `joint_adam` all modules take the step: those without a gradient move on by their Adam state's momentum, as
-    under the one optimiser over all parameters of the published code. `rates`: further factors of the learning rates
-    of some modules.
+    under the one optimiser over all parameters of the published code; weight decay is for the named modules alone.
+    `rates`: further factors of the learning rates of some modules.
     """
+    decayed = modules  # What has no gradient would only shrink, by pre-training's end to nothing.
     modules = list(agent.params) if agent.config.joint_adam else modules
     trained = {name: agent.params[name] for name in modules}
     grads, metrics = jax.grad(lambda trained: loss_fn({**agent.params, **trained}), has_aux=True)(trained)
@@ -202,7 +200,7 @@ def adam_step(agent, modules, loss_fn, rates=None):
     for name in modules:
         rate = learning_rate(agent.config, name) * (rates or {}).get(name, 1.0) * schedule
         updates, opt_states[name] = optax.adam(rate).update(grads[name], opt_states[name])
-        if decay := weight_decay(agent.config, name):
+        if name in decayed and (decay := weight_decay(agent.config, name)):
             # Decoupled from the gradient (AdamW, arXiv 1711.05101), and without a state of its own.
             shrinkage = rate * decay
             updates = jax.tree.map(lambda update, param: update - shrinkage * param, updates, params[name])
@@ -320,8 +318,8 @@ def latent_iql_losses(agent, params, batch, latents, rewards, masks, *, alpha: f
 
 
 def update_modules(agent, modules, loss_fn, rates=None):
-    """`adam_step`, then the moving average of the targets of the modules that it trained; the other targets are
-    copies of modules that stand still, and stay exactly as they are. Returns (agent, metrics)."""
+    """`adam_step`, then the moving average of the targets of the named modules; the other targets, which no loss of
+    this phase reads, stay exactly as they are. Returns (agent, metrics)."""
     params, opt_states, metrics = adam_step(agent, modules, loss_fn, rates)
     moving = {name: target for name, target in agent.target_params.items() if name in modules}
     target_params = agent.target_params | target_update(params, moving, agent.config.tau)

@@ -204,10 +204,10 @@ has_schedule = common.has_schedule
 
 def validate_config(config):
     """Raises UserError for values that no CRL run can have."""
-    common.validate_schedule(config)
+    common.validate_optimizer(config)
     common.require_choice(config, 'contrastive_loss', ('forward_infonce', 'symmetric_infonce'))
     common.require_choice(config, 'actor_goals', ('trajectory', 'marginal'))
-    common.require_at_least(0, config, 'goal_offset', 'logsumexp_penalty_coeff')
+    common.require_at_least(0, config, 'alpha', 'goal_offset', 'logsumexp_penalty_coeff')
 
 
 def get_config():

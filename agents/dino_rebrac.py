@@ -45,7 +45,7 @@ class DINOReBRACAgent(flax.struct.PyTreeNode):
     config: ml_collections.FrozenConfigDict = flax.struct.field(pytree_node=False)
 
     # What the training loop must put into a batch besides observations, actions, next observations (and rewards).
-    needs: ClassVar[frozenset[str]] = frozenset({'next_actions'})
+    needs: ClassVar[frozenset[str]] = frozenset({'next_actions', 'task_ends'})
     # What a pre-training need not have for fine-tuning to start from it.
     finetuning_state: ClassVar[tuple[str, ...]] = (common.STEP,)
 

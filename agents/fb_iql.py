@@ -1,8 +1,8 @@
 """FB + IQL: forward-backward representations (arXiv 2103.07945, 2209.14935), fine-tuned by IQL (arXiv 2110.06169).
 
 Pre-training fits, on reward-free transitions, F(s, a, z) and B(s) such that F(s, a, z)·B(g) is the ratio of the
-discounted occupancy of (s, a) under the policy π(·|s, z) to the data's density at g, and improves that policy on
-F(s, a, z)·z: for a reward r, it is the task's optimal policy at z = E r·B.
+discounted occupancy of (s, a) under the policy π(·|s, z), Σ γ^t from s' on, to the data's density at g, and improves
+that policy on F(s, a, z)·z: for a reward r, it is the task's optimal policy at z = E r·B.
 Fine-tuning infers that z from labelled states and goes on with IQL at it, from the pre-trained policy.
 
 This file holds the configuration, the losses and the updates; sampling batches, looping over steps and files live
@@ -258,11 +258,11 @@ has_schedule = common.has_schedule
 
 def validate_config(config):
     """Raises UserError for values that no FB run can have."""
-    common.validate_schedule(config)
+    common.validate_optimizer(config)
     common.require_choice(config, 'repr_agg', ('mean', 'min'))
     if not 0 <= config.latent_mix_prob <= 1:
         raise UserError(f'agent.latent_mix_prob={config.latent_mix_prob}: expected a probability, from 0 to 1')
-    common.require_at_least(0, config, 'orthonorm_coeff')
+    common.require_at_least(0, config, 'orthonorm_coeff', 'alpha_repr', 'alpha_awr')
     common.require_at_least(1, config, 'num_latent_inference_samples')
 
 

@@ -250,7 +250,8 @@ has_schedule = common.has_schedule
 
 def validate_config(config):
     """Raises UserError for values that no HILP run can have."""
-    common.validate_schedule(config)
+    common.validate_optimizer(config)
+    common.require_at_least(0, config, 'alpha')
     common.require_at_least(1, config, 'num_latent_inference_samples')
 
 

@@ -56,7 +56,8 @@ class InFOMAgent(flax.struct.PyTreeNode):
     @property
     def needs(self) -> frozenset:
         """What a batch must hold besides observations, actions, next observations (and rewards)."""
-        return frozenset({'next_actions'}) | intentions.needs(self.representation)
+        ends = {'task_ends'} if self.config.absorbing_ends else set()  # Else the future term asks for a next action.
+        return frozenset({'next_actions'} | ends) | intentions.needs(self.representation)
 
     # ------------------------------------------------------------------------------------------------------- features
 
@@ -78,7 +79,7 @@ class InFOMAgent(flax.struct.PyTreeNode):
 
     def sample_futures(self, params, noise, condition):
         """Future states (…, S): Euler steps of the field in `params` from noise (…, S), each clipped if configured;
-        without gradient to the params."""
+        callers stop the gradient to the params."""
         params = rounded(params)
         return euler_integrate(
             lambda x, t: self.velocity(params, x, t, condition), noise, self.config.num_flow_steps, self.flow_bounds
@@ -201,7 +202,7 @@ class InFOMAgent(flax.struct.PyTreeNode):
         return returns.max(axis=0, keepdims=True) if self.config.policy_extraction == 'gpi' else returns
 
     def intention_returns(self, params, batch, key):
-        """1/((1−γ)·N)·Σ_k R(x̂_k), N futures of the field in `params` at (s, a, z), one z per row: (B,).
+        """Q̂(s, a, z) = 1/((1−γ)·N)·Σ_k R(x̂_k), N futures of the field in `params` at (s, a, z), one z per row: (B,).
 
         The occupancy counts s itself: where rewards belong to s' (ExORL), this is R(s) + γ times their return.
         """
@@ -228,7 +229,8 @@ class InFOMAgent(flax.struct.PyTreeNode):
         return self.config.expectile if self.config.policy_extraction == 'implicit_gpi' else 0.5
 
     def critic_loss(self, params, batch, key):
-        """L_Q = E_{e,i} ρ_μ(y − Q_e(s, a)): over random z, implicit generalised policy improvement."""
+        """L_Q = E_{e,i} ρ_μ(y − Q_e(s, a)): over random z, implicit generalised policy improvement. With the paper's
+        argument, Q − Q̂, μ > 0.5 would make Q a low expectile of the targets, not the high one that is meant."""
         targets = self.q_targets(params, batch, key)
         qs = self.networks.critic.apply({'params': params['critic']}, batch['observations'], batch['actions'])  # (2, B)
         loss = common.expectile_loss(targets[:, None] - qs, self.expectile).mean()
@@ -310,7 +312,8 @@ class InFOMAgent(flax.struct.PyTreeNode):
     def _step(self, modules, loss_fn, batch, key, rates=None):
         agent, metrics = common.update_modules(self, modules, loss_fn, rates)
         # Apart: no gradient passes between the representation and the occupancy model.
-        representation, more = intentions.update(self.representation, batch, jax.random.fold_in(key, 1))
+        # The stream is one that no split of `key` in the losses has: their k-th key is fold_in(key, k).
+        representation, more = intentions.update(self.representation, batch, jax.random.fold_in(key, 1000))
         return agent.replace(representation=representation), metrics | more
 
     # ------------------------------------------------------------------------------------------------------- creation
@@ -375,7 +378,7 @@ class InFOMAgent(flax.struct.PyTreeNode):
             target_params=common.copy_of({k: params[k] for k in ('vector_field', 'encoder') if k in params}),
             opt_states=common.init_adam(params, config),
             flow_bounds=flow_bounds,
-            representation=intentions.create(jax.random.fold_in(key, 1), example_batch, config),
+            representation=intentions.create(jax.random.fold_in(key, 1000), example_batch, config),
             networks=networks,
             config=config,
         )
@@ -386,13 +389,13 @@ AGENT = InFOMAgent  # What `agents.load` hands to the training loop.
 
 def validate_config(config):
     """Raises UserError for values that no InFOM run can have."""
-    common.validate_schedule(config)
+    common.validate_optimizer(config)
     intentions.validate_config(config)
     stabilizers.validate_config(config)
     common.require_choice(config, 'q_agg', ('min', 'mean'))
     common.require_choice(config, 'critic_latent_type', ('prior', 'encoding', 'aggregate'))
     common.require_at_least(1, config, 'latent_dim', 'num_flow_goals', 'num_flow_steps')
-    common.require_at_least(0, config, 'finetuning_field_rate')
+    common.require_at_least(0, config, 'alpha', 'kl_weight', 'finetuning_field_rate')
     if config.num_critic_latents is not None:
         common.require_at_least(1, config, 'num_critic_latents')
     if config.clip_flow_goals and config.encoder is not None:

@@ -14,10 +14,11 @@ from agents import common, fb_iql, hilp_iql
 from utils.errors import UserError
 
 _AGENTS = {'fb': fb_iql, 'hilp': hilp_iql}
-# Settings that the representation takes from InFOM; its others, the expectile of HILP among them, are its own.
+# Settings that the representation takes from InFOM; its others, HILP's expectile and all LayerNorms of critics among
+# them, are its own.
 _SHARED = (
     'lr', 'actor_lr', 'actor_tau', 'batch_size', 'actor_hidden_dims', 'value_hidden_dims', 'actor_layer_norm',
-    'value_layer_norm', 'latent_dim', 'discount', 'tau', 'const_std', 'encoder',
+    'latent_dim', 'discount', 'tau', 'const_std', 'encoder',
 )  # fmt: skip
 
 

@@ -176,7 +176,7 @@ has_schedule = common.has_schedule
 
 def validate_config(config):
     """Raises UserError for values that no IQL run can have."""
-    common.validate_schedule(config)
+    common.validate_optimizer(config)
     common.require_choice(config, 'actor_loss', ('awr', 'ddpgbc'))
     common.require_at_least(0, config, 'alpha')
 

@@ -105,7 +105,7 @@ class ReBRACAgent(flax.struct.PyTreeNode):
     config: ml_collections.FrozenConfigDict = flax.struct.field(pytree_node=False)
 
     # What the training loop must put into a batch besides observations, actions, next observations (and rewards).
-    needs: ClassVar[frozenset[str]] = frozenset({'next_actions'})
+    needs: ClassVar[frozenset[str]] = frozenset({'next_actions', 'task_ends'})
     # What a pre-training need not have for fine-tuning to start from it.
     finetuning_state: ClassVar[tuple[str, ...]] = (common.STEP,)
 
@@ -204,7 +204,7 @@ has_schedule = common.has_schedule
 
 def validate_config(config):
     """Raises UserError for values that no run of ReBRAC or of an agent built on it can have."""
-    common.validate_schedule(config)
+    common.validate_optimizer(config)
     common.require_at_least(0, config, 'alpha_actor', 'alpha_critic', 'actor_noise', 'actor_noise_clip')
 
 

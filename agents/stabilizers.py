@@ -9,7 +9,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 from ml_collections import config_dict
 
 from agents import common
@@ -65,11 +64,14 @@ class LabelledRange:
 
 
 class ClipRewards(LabelledRange):
-    """R(s̃) is clipped to the range of the labels, wherever it is used; its gradient passes as if it were not."""
+    """R is clipped to the range of the labels where it scores states, but not where it learns: beyond an extreme label
+    nothing would call it back."""
 
     def predicted_rewards(self, params, features):
-        rewards = super().predicted_rewards(params, features)
-        return rewards + lax.stop_gradient(jnp.clip(rewards, *self.reward_range) - rewards)
+        return jnp.clip(super().predicted_rewards(params, features), *self.reward_range)
+
+    def reward_loss(self, params, batch):
+        return super(ClipRewards, self._with_range(-jnp.inf, jnp.inf)).reward_loss(params, batch)
 
 
 class BoundQ(LabelledRange):

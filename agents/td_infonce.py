@@ -230,10 +230,11 @@ has_schedule = common.has_schedule
 
 def validate_config(config):
     """Raises UserError for values that no TD InfoNCE run can have."""
-    common.validate_schedule(config)
+    common.validate_optimizer(config)
     common.require_choice(config, 'logit_agg', ('mean', 'min'))
     common.require_choice(config, 'goals', ('future', 'marginal'))
     common.require_choice(config, 'actor_goals', ('trajectory', 'marginal'))
+    common.require_at_least(0, config, 'alpha')
 
 
 def get_config():

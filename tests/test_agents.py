@@ -231,6 +231,24 @@ def test_the_actor_and_its_momentum_rest_between_its_updates(name):
     assert equal(agent.opt_states['actor'], later.opt_states['actor'])
 
 
+def test_no_target_asks_for_an_action_after_the_end(name):
+    """Agents that take `task_ends` get a placeholder for a next action where the task ended."""
+    agent, batch = state_case(name)
+    if 'task_ends' not in agent.needs:
+        return
+    batch = {**batch, 'masks': batch['masks'].at[2].set(0.0)}
+    replaced = {row: {**batch, 'next_actions': batch['next_actions'].at[row].add(-0.5)} for row in (2, 3)}
+
+    def targets(batch):
+        if name == 'infom':  # Its current term learns z of (s', a'), as in every row.
+            latents, times = jnp.zeros((tiny.BATCH_SIZE, agent.config.latent_dim)), jnp.full((tiny.BATCH_SIZE, 1), 0.5)
+            return agent.future_term(batch, latents, times, KEY)
+        return agent.finetuning_loss(agent.params, batch, KEY)[0]
+
+    assert equal(targets(batch), targets(replaced[2]))
+    assert not equal(targets(batch), targets(replaced[3]))
+
+
 @pytest.mark.parametrize('name', ['infom', 'crl_infonce', 'td_infonce', 'mbpo_rebrac'])
 def test_weight_decay_shrinks_the_learned_reward_alone(name):
     """AdamW (arXiv 1711.05101): apart from the gradient's step, a share lr·decay of each parameter is taken away."""

@@ -62,6 +62,26 @@ def test_every_transition_is_in_the_pool_once(lengths):
     np.testing.assert_array_equal(dataset.ends, starts + np.repeat(lengths, lengths) - 1)
 
 
+def test_what_ends_the_task_needs_no_next_action():
+    """Rows 3 and 7 are final states. The transitions into them, 2 and 6, have no next action; 2 ends the task, as row 4
+    does within its episode, and serves an agent whose targets end with a mask of 0."""
+    masks = np.array([1, 1, 0, np.nan, 0, 1, 1, 0], np.float32)
+    raw = numbered([4, 4], rewards=np.arange(8, dtype=np.float32), masks=masks)
+    dataset = tiny.make_dataset(raw)
+    np.testing.assert_array_equal(dataset.end_labels, [2, 4])
+    sampled = {
+        needs: np.unique(datasets.sample_rows(dataset, jax.random.key(0), 200, needs))
+        for needs in (frozenset(), NEXT, NEXT | {'task_ends'})
+    }
+    assert [rows.tolist() for rows in sampled.values()] == [[0, 1, 2, 4, 5, 6], [0, 1, 4, 5], [0, 1, 2, 4, 5]]
+    batch = datasets.gather_batch(dataset, jnp.arange(3), NEXT | {'task_ends'})
+    np.testing.assert_allclose(batch['next_actions'][:, 0], np.array([1, 2, 2]) / 8)
+    np.testing.assert_array_equal(batch['next_observations'][:, 0], [1, 2, 3])
+    reward_free = tiny.make_dataset(numbered([4, 4]))
+    assert len(reward_free.end_labels) == 0
+    np.testing.assert_array_equal(reward_free.bootstrap_rows, reward_free.next_action_rows)
+
+
 def test_sampling_is_uniform_over_transitions():
     dataset = tiny.make_dataset(numbered([4, 8]))
     rows = np.asarray(datasets.sample_rows(dataset, jax.random.key(0), 20_000))

@@ -108,9 +108,10 @@ def test_clipped_rewards():
     targets = agent.q_targets(agent.params, batch, KEY)
     assert jnp.abs(targets).max() <= 0.1 / (1 - agent.config.discount) * 1.001
 
-    # A clipped prediction still learns: the gradient is that of the error at the bound.
+    # What learns is the unclipped prediction: even where all labels lie at a bound and R beyond it, it is called back.
+    batch = {**batch, 'rewards': jnp.full_like(batch['rewards'], 0.1)}
     grads = jax.grad(lambda params: agent.reward_loss(params, batch)[0])(agent.params)['reward']
-    errors = 2 * (jnp.clip(plain, -0.1, 0.1) - batch['rewards']) / len(plain)
+    errors = 2 * (plain - batch['rewards']) / len(plain)
     outputs = lambda params: agent.networks.reward.apply({'params': params}, batch['reward_observations'])  # noqa: E731
     (expected,) = jax.vjp(outputs, agent.params['reward'])[1](errors)
     jax.tree.map(lambda ours, other: np.testing.assert_allclose(ours, other, rtol=1e-4, atol=1e-6), grads, expected)
@@ -209,6 +210,18 @@ def test_layer_norm_of_the_critic_alone():
         agent, _ = make_case(value_layer_norm=field, critic_layer_norm=critic)
         assert bool(norms(agent, 'vector_field')) == field
         assert bool(norms(agent, 'critic')) == (field if critic is None else critic)
+
+
+def test_one_adam_decays_only_what_learns():
+    """The learned reward has no gradient in pre-training: it must not shrink there, whichever modules step."""
+    agent, batch = make_case(joint_adam=True, reward_weight_decay=1.0)
+    later, _ = jax.jit(InFOMAgent.pretrain)(agent, batch, KEY)
+    jax.tree.map(np.testing.assert_array_equal, later.params['reward'], agent.params['reward'])
+    learnt = finetune(agent, batch)
+    plain = finetune(tiny_agents.with_config(agent, reward_weight_decay=0.0), batch)
+    trees = (jax.tree.leaves(each.params['reward']) for each in (learnt, plain, agent))
+    for ours, other, start in zip(*trees, strict=True):
+        np.testing.assert_allclose(ours, other - agent.config.lr * start, rtol=1e-4, atol=1e-7)
 
 
 def test_weight_decay_of_each_module():

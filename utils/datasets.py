@@ -22,7 +22,8 @@ class Dataset(flax.struct.PyTreeNode):
 
     observations (rows, D) float32, normalised, or (rows, H, W, C) uint8; actions (rows, A) float32; starts, ends
     (rows,) int32: first and last row of the row's episode; transition_rows (T,) int32: rows that have a next state;
-    next_action_rows: those whose next row has an action too. rewards and masks (rows,) float32 exist in labelled sets
+    next_action_rows: those whose next row has an action too; bootstrap_rows: those, and the ones that end the task
+    (mask 0), after which no action is asked for. rewards and masks (rows,) float32 exist in labelled sets
     only. reward_at says which state a row's reward belongs to. next_actions_across_episodes: the last transition of an
     episode takes its next action from the first row of the following one, and is not left out for want of one.
     """
@@ -33,6 +34,7 @@ class Dataset(flax.struct.PyTreeNode):
     ends: jax.Array
     transition_rows: jax.Array
     next_action_rows: jax.Array
+    bootstrap_rows: jax.Array
     rewards: jax.Array | None
     masks: jax.Array | None
     reward_at: str = flax.struct.field(pytree_node=False)
@@ -64,11 +66,13 @@ class Dataset(flax.struct.PyTreeNode):
         starts = np.repeat(last_rows - lengths + 1, lengths).astype(np.int32)
         rows = np.arange(len(terminals), dtype=np.int32)
         # The final row of an episode holds no action, so the transition into it has no next action.
-        next_action_rows = rows[rows + 1 < ends]
+        has_next_action = rows + 1 < ends
+        next_action_rows = rows[has_next_action]
         if len(next_action_rows) == 0:
             raise UserError('no episode of the data set has two transitions: there is no next action to learn from')
         if ('rewards' in raw) != ('masks' in raw):
             raise UserError('a labelled data set needs both rewards and masks')
+        ends_task = raw['masks'] == 0 if 'masks' in raw else np.zeros(len(rows), bool)
         return cls(
             observations=normalizer(raw['observations']),
             actions=np.clip(raw['actions'], -ACTION_LIMIT, ACTION_LIMIT),
@@ -76,6 +80,7 @@ class Dataset(flax.struct.PyTreeNode):
             ends=ends,
             transition_rows=rows[rows < ends],
             next_action_rows=next_action_rows,
+            bootstrap_rows=rows[has_next_action | (ends_task & (rows < ends))],
             rewards=raw.get('rewards'),
             masks=raw.get('masks'),
             reward_at=reward_at,
@@ -87,6 +92,13 @@ class Dataset(flax.struct.PyTreeNode):
     @property
     def num_transitions(self) -> int:
         return len(self.transition_rows)
+
+    @property
+    def end_labels(self):
+        """Labels of the transitions that end the task (mask 0): (K,), none without labels."""
+        if self.masks is None:
+            return np.zeros(0, np.float32)
+        return self.rewards[self.transition_rows][self.masks[self.transition_rows] == 0]
 
 
 def gather_observations(dataset: Dataset, rows):
@@ -104,9 +116,11 @@ def gather_observations(dataset: Dataset, rows):
 
 
 def sample_rows(dataset: Dataset, key, batch_size: int, needs=frozenset()):
-    """Rows (B,) uniform over transitions; over those with a next action where `needs` has `next_actions`."""
-    within_episodes = 'next_actions' in needs and not dataset.next_actions_across_episodes
-    pool = dataset.next_action_rows if within_episodes else dataset.transition_rows
+    """Rows (B,) uniform over transitions; over those with a next action where `needs` has `next_actions`, and where it
+    has `task_ends` over those that end the task as well."""
+    pool = dataset.transition_rows
+    if 'next_actions' in needs and not dataset.next_actions_across_episodes:
+        pool = dataset.bootstrap_rows if 'task_ends' in needs else dataset.next_action_rows
     return pool[jax.random.randint(key, (batch_size,), 0, len(pool))]
 
 
@@ -115,7 +129,8 @@ def gather_batch(dataset: Dataset, rows, needs=frozenset()):
     add.
 
     Labelled sets give rewards, masks and reward_observations (the state s̃ that the reward belongs to); reward-free
-    ones give masks of 1 and nothing of the reward.
+    ones give masks of 1 and nothing of the reward. The next action of a transition that has none, which only
+    `task_ends` asks for, is its own action: a placeholder that its mask of 0 keeps out of every target.
     """
     batch = {
         'observations': gather_observations(dataset, rows),
@@ -126,6 +141,8 @@ def gather_batch(dataset: Dataset, rows, needs=frozenset()):
         next_rows = rows + 1
         if dataset.next_actions_across_episodes:  # A final state has no action: on to the next row that has one.
             next_rows = jnp.where(next_rows == dataset.ends[rows], next_rows + 1, next_rows) % len(dataset.actions)
+        elif 'task_ends' in needs and len(dataset.bootstrap_rows) > len(dataset.next_action_rows):
+            next_rows = jnp.minimum(next_rows, dataset.ends[rows] - 1)
         batch['next_actions'] = dataset.actions[next_rows]
     if dataset.rewards is None:
         batch['masks'] = jnp.ones(rows.shape, jnp.float32)

@@ -248,7 +248,8 @@ def validation_metrics(agents, dataset, ranges, keys, step, *, phase: str):
         loss = agent.pretraining_loss if phase == 'pretraining' else agent.finetuning_loss
         batch = draw(dataset, batch_key, batch_spec(agent))
         grads, metrics = jax.grad(loss, has_aux=True)(agent.params, batch, loss_key)
-        signs = diagnostics.diagnose(agent, batch, jax.random.fold_in(loss_key, 1), ranges)
+        # A stream that the splits of the loss do not reach: their k-th key is fold_in(loss_key, k).
+        signs = diagnostics.diagnose(agent, batch, jax.random.fold_in(loss_key, 1000), ranges)
         signs |= diagnostics.gradient_norms(grads)
         return {f'validation/{name}': value for name, value in metrics.items()} | {
             f'diagnostics/{name}': value for name, value in signs.items()
