@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.tiny_runs import CUBE, write_run
-from utils import figures, plots
+from utils import figures, plots, results
 from utils.collected_runs import collect
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -131,6 +131,42 @@ def test_a_sensitivity_is_over_the_same_other_settings_at_each_value(tmp_path):
     assert len(shown['agent.expectile']) == 4, 'both expectiles, at α = 10 and at α = 30'
 
 
+@pytest.mark.parametrize('without', [{'agent.num_new': None}, {}])
+def test_runs_without_a_number_that_others_have_are_variants_off_its_axis(tmp_path, opened, without):
+    """Because it is None there, or because their code did not have it; the same from results.csv."""
+    write_run(tmp_path, 'g/without', {0: [0.2, 0.2, 0.2]}, settings=without)
+    for value in (4, 16):
+        settings = {'agent.num_new': value}
+        write_run(tmp_path, f'g/{value}', {0: [0.5, 0.5, 0.5]}, settings=settings, explicit=list(settings))
+    collection = collect(tmp_path)
+    results.write_results(collection, tmp_path / 'results.csv', ['*'])
+    for curves in (collection.curves, results.load_curves(tmp_path / 'results.csv')):
+        ((agent, setting, related),) = figures.sensitivities(curves)
+        assert [curve.run for curve in related] == ['g/16', 'g/4']
+        figure = figures.sensitivity_panels(agent, [(setting, related)])
+        opened.append(figure)
+        assert list(figure.axes[0].get_xticks()) == [4, 16]
+        ((_, shown),) = figures.ablations(curves)
+        assert {curve.run for curve in shown} == {'g/without', 'g/4', 'g/16'}
+
+
+def test_a_training_under_several_names_counts_once_in_a_sensitivity(tmp_path):
+    """Each sweep holds the default of the others under its own name."""
+    base = {'agent.latent_dim': 512, 'agent.num_flow_goals': 16}
+    for key, values in (('agent.latent_dim', (64, 512)), ('agent.num_flow_goals', (4, 16))):
+        for value in values:
+            settings = {**base, key: value}
+            write_run(tmp_path, f'{key}/{value}', {0: [0.1] * 3, 1: [0.2] * 3}, settings=settings, explicit=[key])
+    curves = collect(tmp_path).curves
+    assert len(curves) == 8
+    for _, setting, related in figures.sensitivities(curves):
+        low, high = (64, 512) if setting == 'agent.latent_dim' else (4, 16)
+        assert sorted((curve.settings[setting], curve.seed) for curve in related) == [
+            (low, 0), (low, 1), (high, 0), (high, 1),
+        ]  # fmt: skip
+    assert list(figures.other_variants(curves)) == [], 'shown under one of its names'
+
+
 def test_no_bar_for_other_tasks(tmp_path, opened):
     """Two methods with as many tasks, but not the same ones."""
     for agent, tasks in (('infom', (1, 2)), ('iql', (2, 3)), ('rebrac', (1, 2, 3))):
@@ -196,9 +232,13 @@ def test_the_command_writes_vector_and_png_files(runs, tmp_path):
         assert (tmp_path / 'out' / f'domain_bars.{form}').read_bytes().startswith(magic)
 
 
-def test_bad_input_ends_with_one_line_and_exit_code_2(tmp_path):
+def test_bad_input_ends_with_one_line_and_exit_code_2(runs, tmp_path):
+    results.write_results(collect(runs), tmp_path / 'cut.csv', ['*'])
+    (tmp_path / 'cut.csv').write_bytes((tmp_path / 'cut.csv').read_bytes()[:-30])
+    (tmp_path / 'empty').mkdir()
     for arguments, message in (
-        ([tmp_path], 'no run in'),
+        ([tmp_path / 'empty'], 'no run in'),
+        ([tmp_path / 'cut.csv'], 'cut.csv is cut off inside its last line'),
         ([tmp_path, '--formats=bmp'], '--formats=bmp: expected some of pdf, svg, png'),
         ([tmp_path / 'absent.csv'], 'absent.csv is not a directory'),
     ):

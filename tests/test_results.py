@@ -232,6 +232,16 @@ def test_one_name_in_two_groups_is_two_runs(tmp_path):
     assert {curve.method for curve in collection.curves} == {'InFOM'}
 
 
+def test_a_default_task_and_its_number_are_one_task(tmp_path):
+    """Of images the benchmark has task 1 alone: their default task has no number there."""
+    names = ('scene-play-singletask-v0', 'scene-play-singletask-task2-v0', 'visual-scene-play-singletask-v0')
+    for seed, env_name in enumerate(names):
+        write_run(tmp_path, f'g/{seed}', {seed: [0.1, 0.2, 0.3]}, env_name=env_name)
+    assert [curve.env_name for curve in collect(tmp_path).curves] == [names[1], names[1], names[2]]
+    write_run(tmp_path, 'g/3', {1: [0.1, 0.2, 0.3]}, env_name=names[0])
+    assert 'is in g/1, too' in reason(collect(tmp_path), 'g/3')
+
+
 # ---------------------------------------------------------------------------------------------- what is one method
 
 
@@ -323,6 +333,49 @@ def test_missing_seeds_and_short_runs_are_named(tmp_path):
     assert 'Fewer than three evaluations, all of which make the score: g/b' in notes
 
 
+def test_trainings_under_several_names_are_named(tmp_path):
+    base = {'agent.latent_dim': 512, 'agent.num_flow_goals': 16}
+    for key, value in (('agent.latent_dim', 512), ('agent.latent_dim', 64), ('agent.num_flow_goals', 16)):
+        for task in (1, 2):
+            write_run(
+                tmp_path, f'{key}/{value}-{task}', {0: [0.1, 0.2, 0.3]}, env_name=CUBE.format(task),
+                settings={**base, key: value}, explicit=[key],
+            )  # fmt: skip
+    assert collect(tmp_path).notes == [
+        'The same settings and seeds under 2 names: InFOM latent_dim=512; InFOM num_flow_goals=16 '
+        f'(on {CUBE.format(1)}, {CUBE.format(2)}). Sensitivities count each seed once.'
+    ]
+
+
+def test_trainings_on_different_data_are_not_one_under_two_names(tmp_path):
+    settings = {'agent.latent_dim': 512, 'agent.num_flow_goals': 16}
+    for key, fingerprint in zip(settings, ('a' * 64, 'b' * 64)):
+        write_run(tmp_path, f'g/{key}', {0: [0.1] * 3}, settings=settings, explicit=[key], fingerprint=fingerprint)
+    collection = collect(tmp_path)
+    assert not [note for note in collection.notes if 'names' in note]
+    assert len({curve.training for curve in collection.curves}) == 2
+    assert len({curve.settings['data'] for curve in collection.curves}) == 2
+
+
+def test_a_setting_that_a_run_lacks_is_none_and_one_that_its_agent_lacks_is_absent(tmp_path):
+    """In results.csv, too, where an empty text is a third thing."""
+    for seed, value in enumerate((None, '', 4)):
+        settings = {'agent.new': value}
+        write_run(tmp_path, f'g/{seed}', {seed: [0.1, 0.2, 0.3]}, settings=settings, explicit=['agent.new'])
+    write_run(tmp_path, 'g/old', {3: [0.1, 0.2, 0.3]})
+    write_run(tmp_path, 'g/other', {0: [0.1, 0.2, 0.3]}, agent='iql')
+    collection = collect(tmp_path)
+    results.write_results(collection, tmp_path / 'results.csv', ['*'])
+    for curves in (collection.curves, results.read_results(tmp_path / 'results.csv')):
+        assert {curve.run: curve.settings for curve in curves} == {
+            'g/0': {'agent.new': None},
+            'g/1': {'agent.new': ''},
+            'g/2': {'agent.new': 4},
+            'g/old': {'agent.new': None},
+            'g/other': {},
+        }
+
+
 # ---------------------------------------------------------------------------------------------------------- tables
 
 
@@ -398,6 +451,26 @@ def test_a_published_ablation_stands_beside_its_variant(tmp_path):
     rows = {row[0]: row for row in tables.domain_table('walker', collect(tmp_path).curves).rows}
     assert rows['InFOM (published)'] == ['InFOM (published)', '409.0 ± 13.0', '393.0 ± 46.0']
     assert rows['InFOM intention_encoder=fb (published)'] == ['InFOM intention_encoder=fb (published)', '254.0', '–']
+
+
+def test_published_figures_are_of_the_setting_in_the_name_of_the_method(tmp_path):
+    """Not of another one that varies elsewhere in the collection; with two of them, of the agent alone."""
+    base = {'agent.expectile': 0.99, 'agent.latent_dim': 512}
+    for seed, (expectile, latent_dim) in enumerate(((0.9, 512), (0.99, 128), (0.95, 64))):
+        settings = {'agent.expectile': expectile, 'agent.latent_dim': latent_dim}
+        explicit = [key for key, value in settings.items() if value != base[key]]
+        write_run(
+            tmp_path, f'g/{seed}', {0: [0.0, 500.0]}, env_name='walker_flip', settings=settings, explicit=explicit
+        )
+    rows = tables.domain_table('walker', collect(tmp_path).curves).rows
+    assert [row[:2] for row in rows] == [
+        ['InFOM expectile=0.9', '250.0 (1)'],
+        ['InFOM expectile=0.9 (published)', '409.0'],
+        ['InFOM expectile=0.95, latent_dim=64', '250.0 (1)'],
+        ['InFOM (published)', '409.0 ± 13.0'],
+        ['InFOM latent_dim=128', '250.0 (1)'],
+        ['InFOM latent_dim=128 (published)', '379.0'],
+    ]
 
 
 def test_published_figures_are_of_known_agents_tasks_and_domains():
@@ -495,3 +568,25 @@ def test_a_csv_of_something_else_is_refused(tmp_path):
         results.load_curves(path)
     with pytest.raises(UserError, match='cannot read'):
         results.read_results(tmp_path / 'absent.csv')
+
+
+@pytest.mark.parametrize('missing', [2, 4, 12, 40])
+def test_a_csv_that_is_cut_off_is_refused(two_methods, missing):
+    """Inside its last row, wherever: what is left of a number looks like one."""
+    path = two_methods / 'results.csv'
+    results.write_results(collect(two_methods), path, ['evaluation/episode.success'])
+    whole = path.read_bytes()
+    assert whole.endswith(b',finetuning,400,0.2\n')
+    path.write_bytes(whole[:-missing])
+    with pytest.raises(UserError, match='is cut off inside its last line'):
+        results.load_curves(path)
+
+
+def test_a_csv_with_a_row_of_another_length_is_refused(two_methods):
+    path = two_methods / 'results.csv'
+    results.write_results(collect(two_methods), path, ['*'])
+    lines = path.read_text().splitlines(keepends=True)
+    for damaged in ('g/a,InFOM\n', lines[2].replace('\n', ',1\n')):
+        path.write_text(''.join([*lines[:2], damaged, *lines[3:]]))
+        with pytest.raises(UserError, match='line 3 has more or fewer cells'):
+            results.load_curves(path)

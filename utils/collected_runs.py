@@ -22,6 +22,7 @@ import numpy as np
 import envs
 from envs import custom
 from utils.errors import UserError
+from utils.presets import task_with_number
 from utils.run_config import OPERATIONAL_FLAGS
 from utils.run_status import FINISHED, read_json, run_start, run_status
 from utils.runs import read_metrics, score_summary
@@ -58,7 +59,8 @@ class Curve:
     Attributes:
         run: the run directory, relative to the directory that was collected.
         method: what rows and legends call it: the agent and the settings that set it apart.
-        settings: the values of every setting that differs anywhere in the collection.
+        settings: the values of the agent's settings that differ anywhere in the collection; None where this run has
+            none, for instance because its code was older.
         steps: fine-tuning updates at each evaluation, from 0.
         values: the score at each evaluation: success in per cent (OGBench), return (ExORL).
     """
@@ -79,6 +81,12 @@ class Curve:
     @property
     def unit(self) -> str:
         return SUITE_SCORES[suite_of(self.env_name)][1]
+
+    @property
+    def training(self) -> tuple:
+        """What was trained, under whatever name: curves with the same one are of one and the same training."""
+        settings = tuple(sorted((key, repr(value)) for key, value in self.settings.items()))
+        return self.agent, self.env_name, settings, self.seed
 
     @property
     def scores(self) -> dict[str, float | None]:
@@ -130,8 +138,14 @@ class Collection:
 
 
 def task_of(config: dict) -> str:
-    """What results call a run's task: the benchmark's name, or that of a user's own data."""
-    return custom.task_name(config['dataset']) if config.get('dataset') else config['env_name']
+    """What results call a run's task: the benchmark's name, or that of a user's own data.
+
+    A default task goes by its number, where the benchmark has it under one: the two names are one task.
+    """
+    if config.get('dataset'):
+        return custom.task_name(config['dataset'])
+    numbered = task_with_number(config['env_name'])
+    return numbered if numbered in envs.TASKS else config['env_name']
 
 
 def suite_of(task: str) -> str:
@@ -182,8 +196,11 @@ def collect(directory: str | os.PathLike, finetuning_steps: int | None = None) -
         except UserError as error:
             left_out.append((name, str(error)))
     _tell_methods_apart(collected)
-    varied = sorted({key for run in collected for key in run.apart})
-    curves = [_curve(run, seed, varied) for run in collected for seed in run.rows]
+    varied = _varied_settings(collected)
+    of_agent: dict[str, set[str]] = defaultdict(set)
+    for run in collected:
+        of_agent[run.agent] |= varied & run.resolved.keys()
+    curves = [_curve(run, seed, sorted(of_agent[run.agent])) for run in collected for seed in run.rows]
     curves, duplicates = _without_duplicates(curves)
     left_out += duplicates
     if not curves:
@@ -272,10 +289,25 @@ def _tell_methods_apart(collected: list[CollectedRun]) -> None:
         run.apart = dict(set(run.explicit.items()) - shared)
         groups[run.agent, run.env_name, frozenset(run.explicit.items())].append(run)
     for group in groups.values():
-        keys = {key for run in group for key in run.resolved}
-        differing = {key for key in keys if len({run.resolved.get(key) for run in group}) > 1}
+        differing = _differing(group)
         for run in group:
             run.apart |= {key: run.resolved.get(key) for key in differing}
+
+
+def _varied_settings(collected: list[CollectedRun]) -> set[str]:
+    """The settings that tell methods apart, and those without which runs of two methods on a task would look the
+    same."""
+    varied = {key for run in collected for key in run.apart}
+    alike: dict[tuple, list[CollectedRun]] = defaultdict(list)
+    for run in collected:
+        alike[run.agent, run.env_name, frozenset((key, run.resolved.get(key)) for key in varied)].append(run)
+    return varied.union(*map(_differing, alike.values()))
+
+
+def _differing(group: list[CollectedRun]) -> set[str]:
+    """The settings that not all runs of a group have with the same value."""
+    keys = {key for run in group for key in run.resolved}
+    return {key for key in keys if len({run.resolved.get(key) for run in group}) > 1}
 
 
 def _curve(run: CollectedRun, seed: int, varied: Iterable[str]) -> Curve:
@@ -287,7 +319,7 @@ def _curve(run: CollectedRun, seed: int, varied: Iterable[str]) -> Curve:
         agent=run.agent,
         env_name=run.env_name,
         seed=seed,
-        settings={key: run.resolved[key] for key in varied if key in run.resolved},
+        settings={key: run.resolved.get(key) for key in varied},
         steps=np.array([row['step'] - rows[0]['step'] for row in rows]),
         values=factor * np.array([row[metric] for row in rows], np.float64),
     )
@@ -317,7 +349,7 @@ def _notes(collected: list[CollectedRun], curves: list[Curve]) -> list[str]:
     if shared:
         notes.append(f'All runs: {", ".join(f"{key}={value}" for key, value in sorted(shared, key=str))}.')
     notes += _version_notes(collected)
-    notes += [*_data_notes(collected), *_pretraining_notes(collected)]
+    notes += [*_data_notes(collected), *_pretraining_notes(collected), *_name_notes(curves)]
     short = sorted({curve.run for curve in curves if len(curve.values) < 3})
     if short:
         notes.append(f'Fewer than three evaluations, all of which make the score: {", ".join(short)}.')
@@ -358,6 +390,22 @@ def _pretraining_notes(collected: list[CollectedRun]) -> list[str]:
         f'{run.name}: seed {run.config["seed"]} is of fine-tuning alone, its pre-training has seed {restored["seed"]}.'
         for run in collected
         if (restored := run.config.get('start', {}).get('pretraining')) and restored['seed'] != run.config['seed']
+    ]
+
+
+def _name_notes(curves: list[Curve]) -> list[str]:
+    """One line for each set of methods that are names of the same trainings: they chose what others have anyway."""
+    names: dict[tuple, set[str]] = defaultdict(set)
+    for curve in curves:
+        names[curve.training].add(curve.method)
+    tasks: dict[tuple[str, ...], set[str]] = defaultdict(set)
+    for (_, env_name, *_), methods in names.items():
+        tasks[tuple(sorted(methods))].add(env_name)
+    return [
+        f'The same settings and seeds under {len(methods)} names: {"; ".join(methods)} '
+        f'(on {", ".join(sorted(of_methods, key=task_position))}). Sensitivities count each seed once.'
+        for methods, of_methods in sorted(tasks.items())
+        if len(methods) > 1
     ]
 
 

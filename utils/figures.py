@@ -105,12 +105,16 @@ def ablations(curves: Sequence[Curve]) -> Iterator[tuple[str, list[Curve]]]:
 
 
 def sensitivities(curves: Sequence[Curve]) -> Iterator[tuple[str, str, list[Curve]]]:
-    """(agent, setting, curves) for each number in which variants of an agent differ with all else the same."""
-    for agent, of_agent in sorted(_by_agent(curves).items()):
+    """(agent, setting, curves) for each number in which variants of an agent differ with all else the same.
+
+    Curves without the number (None) have no place on its axis. A training counts once, whatever its names.
+    """
+    for agent, of_agent in sorted(_by_agent(_each_training_once(curves)).items()):
         for setting, values in sorted(_varied(of_agent).items()):
-            if not all(map(_is_number, values)):
+            if not all(map(_is_number, values - {None})):
                 continue
-            related = _related(of_agent, [setting])
+            numbers = [curve for curve in of_agent if _is_number(curve.settings.get(setting))]
+            related = _related(numbers, [setting])
             if related:
                 yield agent, setting, _balanced(related, setting)
 
@@ -119,7 +123,8 @@ def other_variants(curves: Sequence[Curve]) -> Iterator[tuple[str, list[Curve]]]
     """(agent, all its curves) for each agent with a variant that neither ablations nor sensitivities show."""
     shown = [curve for _, related in ablations(curves) for curve in related]
     shown += [curve for *_, related in sensitivities(curves) for curve in related]
-    shown = {curve.method for curve in shown}
+    trainings = {curve.training for curve in shown}
+    shown = {curve.method for curve in curves if curve.training in trainings}
     for agent, of_agent in sorted(_by_agent(curves).items()):
         methods = {curve.method for curve in of_agent}
         if len(methods) > 1 and not methods <= shown | {method_title(agent, {})}:
@@ -214,6 +219,14 @@ def _by_agent(curves: Sequence[Curve]) -> dict[str, list[Curve]]:
     for curve in curves:
         groups[curve.agent].append(curve)
     return groups
+
+
+def _each_training_once(curves: Sequence[Curve]) -> list[Curve]:
+    """The first curve of each training: seeds are not to count again under another name."""
+    first: dict[tuple, Curve] = {}
+    for curve in curves:
+        first.setdefault(curve.training, curve)
+    return list(first.values())
 
 
 def _varied(curves: Sequence[Curve]) -> dict[str, set]:

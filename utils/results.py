@@ -16,8 +16,9 @@ import csv
 import fnmatch
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 from absl import flags
@@ -57,7 +58,7 @@ def write_results(collection: Collection, path: Path, patterns: Sequence[str]) -
                 if curve is None or row['step'] > run.end or all(row.get(name) is None for name in metrics):
                     continue
                 identity = [run.name, curve.method, curve.agent, curve.env_name, curve.domain]
-                chosen = [curve.settings.get(key, '') for key in settings]
+                chosen = [_cell(curve.settings[key]) if key in curve.settings else '' for key in settings]
                 yield [*identity, row['seed'], row['phase'], row['step'], *chosen, *map(row.get, metrics)]
 
     return write_csv(path, [*IDENTITY, *settings, *metrics], rows())
@@ -81,23 +82,33 @@ def read_results(path: Path) -> list[Curve]:
     """The evaluations in a `results.csv`.
 
     Raises:
-        UserError: not readable, not such a file, or without a task's score.
+        UserError: not readable, not such a file, cut off, or with the name of an unknown task.
     """
     groups: dict[tuple, list[dict]] = defaultdict(list)
     try:
         with open(path, newline='', encoding='utf-8') as file:
-            reader = csv.DictReader(file)
+            reader = csv.DictReader(_whole_lines(file, path))
             missing = set(IDENTITY) - set(reader.fieldnames or ())
             if missing:
                 raise UserError(f'{path} has no column {sorted(missing)[0]}: expected a results.csv of utils.results')
             settings = [name for name in reader.fieldnames if name not in IDENTITY and '/' not in name]
             for row in reader:
+                if None in row or None in row.values():
+                    raise UserError(f'{path} is damaged: line {reader.line_num} has more or fewer cells than the first')
                 metric = SUITE_SCORES[suite_of(row['env_name'])][0]
                 if row['phase'] == 'finetuning' and row.get(metric):
                     groups[row['run'], int(row['seed'])].append(row)
         return [_curve_of_rows(rows, settings) for rows in groups.values()]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise UserError(f'cannot read {path}: {error}') from error
+
+
+def _whole_lines(file: TextIO, path: Path) -> Iterator[str]:
+    """The lines of a file. Raises `UserError` where the last one does not end: a number that is cut is another one."""
+    for line in file:
+        if not line.endswith(('\n', '\r')):
+            raise UserError(f'{path} is cut off inside its last line: write it again with utils.results')
+        yield line
 
 
 def _curve_of_rows(rows: list[dict], settings: Sequence[str]) -> Curve:
@@ -114,6 +125,11 @@ def _curve_of_rows(rows: list[dict], settings: Sequence[str]) -> Curve:
         steps=steps - steps[0],
         values=factor * np.array([float(row[metric]) for row in rows]),
     )
+
+
+def _cell(value):
+    """A setting as `_parse` reads it back; an empty cell is a setting that the agent does not have."""
+    return repr(value) if value in (None, '') else value
 
 
 def _parse(text: str):

@@ -113,8 +113,8 @@ def domain_table(domain: str, curves: Sequence[Curve]) -> Table:
                 float(statistics.mean(list(of_method.values()))), None if None in spreads else float(np.mean(spreads))
             )
         rows.append([method, *cells, average])
-        agent, settings = next((curve.agent, curve.settings) for curve in curves if curve.method == method)
-        row = _published_row(agent, settings, tasks, domain)
+        agent = next(curve.agent for curve in curves if curve.method == method)
+        row = _published_row(agent, method, tasks, domain)
         if row is not None and row[0] not in shown:
             shown.add(row[0])
             rows.append(row)
@@ -129,11 +129,14 @@ def domain_table(domain: str, curves: Sequence[Curve]) -> Table:
     )
 
 
-def _published_row(agent, settings, tasks, domain) -> list[str] | None:
-    """The published figures of a method: of the agent with one of its settings where that was published, else alone."""
-    plain = AGENT_TITLES.get(agent, agent)
-    variants = [method_title(agent, {key: value}) for key, value in settings.items()]
-    title = next((name for name in variants if any(known == name for known, _ in published())), plain)
+def _published_row(agent: str, method: str, tasks: Sequence[str], domain: str) -> list[str] | None:
+    """The published figures of a method: of the agent with the one setting of the method's name that was published,
+    else of the agent alone."""
+    plain = method_title(agent, {})
+    known = {title for title, _ in published()}
+    variants = [f'{plain} {part}' for part in method.removeprefix(plain).strip().split(', ')]
+    variants = [title for title in variants if title in known]
+    title = variants[0] if len(variants) == 1 else plain  # Two of them at once were not published.
     cells = [published().get((title, name)) for name in (*tasks, domain)]
     if not any(cells):
         return None
