@@ -9,11 +9,11 @@ themselves.
 """
 
 import functools
-import os
 
 from absl import flags
 
 import envs
+from envs import worker_pool
 from utils import cli
 from utils.flags import define_flags, resolve_settings, set_up_jax
 
@@ -34,7 +34,7 @@ def make_experiment(phases=('pretraining', 'finetuning')):
     from utils.evaluation import Evaluator, check_rendering, environments_per_worker, record_video
     from utils.experiment import Experiment
 
-    workers = config.eval_workers or len(os.sched_getaffinity(0))
+    workers = config.eval_workers or worker_pool.available_cores()
     places = environments_per_worker(task.visual)
     if config.dataset is None:
         make_env = functools.partial(envs.make_env, config.env_name, config.seed, frame_stack=config.frame_stack)

@@ -12,13 +12,13 @@ be the same, or it fails.
 import functools
 import json
 import math
-import os
 import statistics
 import time
 
 from absl import flags
 
 import envs
+from envs import worker_pool
 from utils import cli, presets
 from utils.evaluation import ENVIRONMENTS_PER_WORKER, Evaluator, environments_per_worker
 
@@ -71,7 +71,7 @@ def main(_):
     places = environments_per_worker(envs.task_spec(FLAGS.env_name).visual)
     measured = compare(make_env, policy, counts, FLAGS.episodes, FLAGS.repeats, places)
     alone = measured[1][1]
-    print(f'{FLAGS.env_name}, {FLAGS.episodes} episodes, {len(os.sched_getaffinity(0))} cores\n')
+    print(f'{FLAGS.env_name}, {FLAGS.episodes} episodes, {worker_pool.available_cores()} cores\n')
     print('| workers | s, first | s | of the time without |\n|---|---|---|---|')
     shares = {}
     for workers, (first, turns) in measured.items():

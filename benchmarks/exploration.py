@@ -9,15 +9,14 @@ it compares policies and amounts of data within a domain, not domains. Writes `c
 `coverage.png` and `README.md` (the table, which it also prints, and the command).
 """
 
-import os
 from pathlib import Path
 
 import numpy as np
 from absl import flags
 
-from envs import EXORL_TASKS, collect_exorl, coverage, exorl_episodes
+from envs import EXORL_TASKS, collect_exorl, coverage, exorl_episodes, worker_pool
 from utils import cli, plots, runs, statistics
-from utils.errors import UserError
+from utils.errors import UserError, expanded
 
 FLAGS = flags.FLAGS
 COLUMNS = ('domain', 'policy', 'seed', 'transitions', 'coverage')
@@ -74,13 +73,13 @@ def main(_):
         raise UserError(f'--domains is empty: expected some of {", ".join(EXORL_TASKS)}')
     for domain in domains:
         exorl_episodes.require_domain(domain)
-    output = runs.require_writable(Path(FLAGS.output).expanduser())
+    output = runs.require_writable(expanded(FLAGS.output))
     curves: dict = {}
     for domain in domains:
         curves[domain] = {policy: [] for policy in collect_exorl.POLICIES}
         for policy, members in curves[domain].items():
             for seed in seeds:
-                folder = Path(FLAGS.exorl_dir).expanduser() / f'seed_{seed}'
+                folder = expanded(FLAGS.exorl_dir) / f'seed_{seed}'
                 buffer = collect_exorl.collect(
                     domain, policy, FLAGS.num_transitions, seed, FLAGS.workers, folder, num_envs=FLAGS.num_envs
                 )
@@ -115,7 +114,7 @@ if __name__ == '__main__':
     flags.DEFINE_list('domains', list(EXORL_TASKS), 'Domains to explore.')
     flags.DEFINE_integer('num_transitions', 50_000, 'Transitions of each policy and seed.', lower_bound=1)
     cli.define_numbers('seeds', [0, 1, 2], 'Seeds; each has a folder of its own.')
-    flags.DEFINE_integer('workers', len(os.sched_getaffinity(0)), 'Processes that simulate.', lower_bound=1)
+    flags.DEFINE_integer('workers', worker_pool.available_cores(), 'Processes that simulate.', lower_bound=1)
     flags.DEFINE_integer('num_envs', 8, 'Episodes of rnd side by side.', lower_bound=1)
     flags.DEFINE_string('exorl_dir', 'exp/exploration', 'Where the episodes go.')
     flags.DEFINE_string('output', 'results/exploration', 'Where the figure and the numbers go.')

@@ -87,7 +87,7 @@ def launch(runs: Sequence[Run], jobs: int, gpus: Sequence[str] = ()) -> Outcome:
     """Runs them all, `jobs` at a time, with a progress bar. The output of each goes to `launch.log` in its directory.
 
     gpus: the devices that the jobs take in turn, as CUDA_VISIBLE_DEVICES names them; none: left as they are.
-    Ctrl-C or SIGTERM stops the running ones, which save, and waits for them.
+    Ctrl-C or SIGTERM stops the running ones, which save, and waits for them; so does whatever else ends this.
     """
     done, unfinished, failed = sort_by_status(runs)
     outcome, waiting = Outcome(skipped=[run.label for run in done], failed=failed), deque(unfinished)
@@ -100,22 +100,30 @@ def launch(runs: Sequence[Run], jobs: int, gpus: Sequence[str] = ()) -> Outcome:
         try:
             while waiting or running:
                 while waiting and free:
-                    job = free.pop()
-                    running[job] = (run := waiting.popleft()), _start(run, job, jobs, gpus)
+                    job, run = free.pop(), waiting.popleft()
+                    try:
+                        running[job] = run, _start(run, job, jobs, gpus)
+                    except OSError as error:  # A file in the way, a full disk: the others may have a better place.
+                        free.append(job)
+                        _note_failure(outcome, run, f'it cannot be started: {error}')
+                        bar.update()
                 time.sleep(POLL_SECONDS)
                 for job, (run, process) in list(running.items()):
                     if process.poll() is not None:
                         del running[job]
                         free.append(job)
-                        _note(outcome, run, process.returncode)
+                        _note_end(outcome, run, process.returncode)
                         bar.update()
                         bar.set_postfix(running=len(running), failed=len(outcome.failed))
         except KeyboardInterrupt:
             outcome.interrupted = True
+        finally:
             for _, process in running.values():
                 process.terminate()
+            for _, process in running.values():
+                process.wait()
             for run, process in running.values():
-                _note(outcome, run, process.wait())
+                _note_end(outcome, run, process.returncode)
     return outcome
 
 
@@ -162,13 +170,17 @@ def _on_cores(cores: set[int] | None) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def _note(outcome: Outcome, run: Run, code: int) -> None:
+def _note_end(outcome: Outcome, run: Run, code: int) -> None:
     reason = failure(run, code)
     if reason is None:
         outcome.finished.append(run.label)
     else:
-        outcome.failed[run.label] = reason
-        tqdm.write(f'failed: {run.label}: {reason} (see {run.directory / LOG_NAME})')
+        _note_failure(outcome, run, reason, f' (see {run.directory / LOG_NAME})')
+
+
+def _note_failure(outcome: Outcome, run: Run, reason: str, where: str = '') -> None:
+    outcome.failed[run.label] = reason
+    tqdm.write(f'failed: {run.label}: {reason}{where}')
 
 
 def failure(run: Run, code: int) -> str | None:

@@ -22,6 +22,7 @@ from utils.run_config import OPERATIONAL_FLAGS, flag_fields
 # Flags that say where a run goes and how it is watched: no part of its name.
 NOT_IN_NAME = OPERATIONAL_FLAGS - {'restore_path'} | {'env_name', 'agent', 'seed', 'num_seeds', 'log_interval'}
 FLOAT = re.compile(r'[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+')  # YAML takes 1e-3 for text.
+TEXT_FLAGS = ('run_group', 'run_name', 'save_dir', 'dataset_dir')  # 20261128 is a fine name of a folder.
 LONGEST_NAME = 180  # Characters; file systems allow 255, and files beside the run add suffixes.
 
 
@@ -54,11 +55,17 @@ def read_sweep(path: Path) -> dict[str, Any]:
         raise UserError(f'{path} is no sweep file: expected `parameters`, each with `value` or `values`')
     if content.get('method') != 'grid':
         raise UserError(f'{path} has method {content.get("method")!r}: only grids can be expanded; use wandb sweep')
+    if not isinstance(content.get('program', ''), str):
+        raise UserError(f'{path} has program {content["program"]!r}: expected the name of a file, as in main.py')
     for name, parameter in content['parameters'].items():
+        if not isinstance(name, str):
+            raise UserError(f'{path} has a parameter {name!r}: expected the name of a flag, as in agent.alpha')
         if not isinstance(parameter, dict) or set(parameter) not in ({'value'}, {'values'}):
             raise UserError(f'{path}: parameter {name} is {parameter!r}: expected `value: …` or `values: […]`')
         if 'values' in parameter and not (isinstance(parameter['values'], list) and parameter['values']):
             raise UserError(f'{path}: parameter {name} has no list of values')
+        if name in TEXT_FLAGS and None in parameter.get('values', [parameter.get('value')]):
+            raise UserError(f'{path}: parameter {name} has no value: give one, or leave the parameter out')
     return content
 
 
@@ -75,12 +82,12 @@ def expand(path: Path, overrides: Mapping[str, Any] | None = None) -> list[Run]:
         name: parameter.get('values', [parameter.get('value')]) for name, parameter in content['parameters'].items()
     }
     values |= {name: [value] for name, value in overrides.items()}
-    values = {name: [_number(value) for value in of_name] for name, of_name in values.items()}
+    values = {name: [_typed(name, value) for value in of_name] for name, of_name in values.items()}
     program = content.get('program', 'main.py')
     runs = {}
     for combination in itertools.product(*values.values()):
         flags = dict(zip(values, combination, strict=True))
-        flags.setdefault('run_group', content.get('name') or path.stem)
+        flags.setdefault('run_group', str(content.get('name') or path.stem))
         flags.setdefault('run_name', run_name(flags))
         flags.setdefault('save_dir', 'exp')
         run = Run(program, flags)
@@ -103,7 +110,7 @@ def run_name(flags: Mapping[str, Any]) -> str:
     ]
     first, count = flags.get('seed', 0), flags.get('num_seeds', 1)
     for name, value in (('seed', first), ('num_seeds', count)):
-        if not isinstance(value, int):
+        if type(value) is not int:
             raise UserError(f'--{name}={value}: expected one whole number; several seeds are `values: […]` of a file')
     seeds = f'sd{first}' if count == 1 else f'sd{first}-{first + count - 1}'
     parts = [str(flags.get('env_name', '')), agent, ','.join(settings)]
@@ -112,6 +119,10 @@ def run_name(flags: Mapping[str, Any]) -> str:
         digest = hashlib.sha256(name.encode()).hexdigest()[:12]
         name = f'{name[: LONGEST_NAME - len(digest) - len(seeds) - 2]}_{digest}'
     return f'{name}_{seeds}'
+
+
+def _typed(name: str, value: Any) -> Any:
+    return str(value) if name in TEXT_FLAGS else _number(value)
 
 
 def _number(value: Any) -> Any:
@@ -136,7 +147,7 @@ def parse_flags(arguments: Sequence[str]) -> dict[str, Any]:
         if not (name and equals):
             raise UserError(f'{argument!r} is no setting: expected name=value, as in preset=small')
         try:
-            flags[name] = _number(yaml.safe_load(value)) if value else ''
+            flags[name] = value if name in TEXT_FLAGS or not value else _number(yaml.safe_load(value))
         except yaml.YAMLError:
             flags[name] = value
     return flags

@@ -1,6 +1,7 @@
 """The three commands as real processes, on data collected from the real simulator: smoke runs, kills, and what bad
 input gets."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from tests.waiting import has_lines, wait_until
-from utils import checkpoints, runs
+from utils import checkpoints, demo, runs
 
 ROOT = Path(__file__).resolve().parents[1]
 TASK = 'cube-single-play-singletask-task1-v0'
@@ -144,6 +145,27 @@ def test_sigterm_saves_and_one_checkpoint_serves_two_tasks(environment, data, tm
         rows = runs.read_metrics(tmp_path / 'g' / f'task{task}' / 'metrics.jsonl')
         assert [row['step'] for row in rows if 'training/critic_loss' in row] == [saved + 20, saved + 40]
         assert {row['phase'] for row in rows} == {'finetuning'}
+
+
+WITHOUT_AFFINITY = """
+import os, runpy, sys
+os.__dict__.pop('sched_getaffinity', None)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name='__main__')
+"""
+
+
+def test_systems_that_cannot_say_which_cores_a_process_has(environment, tmp_path, monkeypatch):
+    """main.py goes as far as its data, which are missing."""
+    python, *line = command('main.py', tmp_path / 'absent', tmp_path, '--eval_workers=0')
+    result = subprocess.run(
+        [python, '-c', WITHOUT_AFFINITY, *line], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 2, result.stderr
+
+    monkeypatch.delattr(os, 'sched_getaffinity', raising=False)
+    monkeypatch.setattr(demo, 'Evaluator', lambda make_env, num_workers: contextlib.nullcontext(num_workers))
+    assert demo.random_policy([], 1) == []
 
 
 def truncated(data, path):

@@ -2,6 +2,8 @@
 
 import functools
 import itertools
+import os
+import types
 
 import gymnasium
 import numpy as np
@@ -24,6 +26,16 @@ def test_evaluations_that_differ_fail():
         evaluation.compare(
             make_env, lambda rows: np.full((1, len(rows), 1), next(calls) % 7 / 7), [1], episodes=1, repeats=1
         )
+
+
+def test_systems_that_cannot_say_which_cores_a_process_has(monkeypatch, capsys):
+    monkeypatch.delattr(os, 'sched_getaffinity', raising=False)
+    monkeypatch.setattr(evaluation, 'make_policy', lambda *_: None)
+    monkeypatch.setattr(evaluation, 'compare', lambda *_: {1: (2.0, [1.0])})
+    settings = {'env_name': 'walker_run', 'preset': 'smoke', 'workers': [], 'episodes': 3, 'repeats': 1}
+    monkeypatch.setattr(evaluation, 'FLAGS', types.SimpleNamespace(**settings))
+    evaluation.main([])
+    assert f'walker_run, 3 episodes, {os.cpu_count()} cores' in capsys.readouterr().out
 
 
 def test_the_policy_is_an_agents():

@@ -36,6 +36,15 @@ def test_the_table_gives_means_and_spreads():
     ]
 
 
+def test_systems_that_cannot_say_which_cores_a_process_has():
+    program = (
+        "import os, runpy, sys; os.__dict__.pop('sched_getaffinity', None); sys.argv = ['exploration', '--help']; "
+        "runpy.run_module('benchmarks.exploration', run_name='__main__')"
+    )
+    result = subprocess.run([sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
 @pytest.mark.slow
 def test_the_command_collects_once_and_writes_figure_and_numbers(tmp_path):
     command = [

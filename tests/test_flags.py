@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_collections import FrozenConfigDict
 
+import agents
 from utils.errors import UserError
 from utils.flags import PHASES, append_xla_flags, avoid_crash_on_images, define_flags, resolve_settings, with_host
 from utils.intervals import fit_intervals, largest_divisor
@@ -72,6 +73,27 @@ def test_other_types_of_agent_settings():
     assert parse('--agent.encoder=impala', env_name=VISUAL).agent.encoder == 'impala'
 
 
+@pytest.mark.parametrize('agent', agents.available())
+def test_none_is_a_value_of_every_setting_whose_default_it_is(agent):
+    config = agents.load(agent).get_config()
+    names = [name for name, value in config.items() if value is None]
+    values = flags.FlagValues()
+    argv = ['main.py', f'--agent={agent}', *(f'--agent.{name}={none}' for none in ('none', 'None') for name in names)]
+    define_flags(values, argv)
+    values(argv)
+    assert {'actor_lr', 'schedule_steps'} <= set(names)
+    assert all(values[f'agent.{name}'].present and values[f'agent.{name}'].value is None for name in names)
+
+
+def test_none_takes_the_place_of_a_published_value_or_a_presets():
+    config = parse('--agent.num_critic_latents=None', '--agent.critic_layer_norm=none', '--agent.actor_lr=None')
+    assert (config.agent.num_critic_latents, config.agent.critic_layer_norm, config.agent.actor_lr) == (None,) * 3
+    assert config.sources['agent.critic_layer_norm'] == 'command line'
+    assert parse('--agent.critic_layer_norm').agent.critic_layer_norm is True
+    assert parse('--noagent.critic_layer_norm').agent.critic_layer_norm is False
+    assert parse('--agent.critic_layer_norm=false').agent.critic_layer_norm is False
+
+
 def test_the_order_of_flags_does_not_matter():
     assert parse('--agent.alpha=3', '--agent', 'infom').agent.alpha == 3.0
     assert parse('--agent=infom', '--agent.alpha=3', '--preset=smoke').agent.batch_size == 32
@@ -94,10 +116,29 @@ def test_encoders_fit_the_observations():
     for flag in ('--agent.encoder=none', '--agent.encoder=mlp'):
         with pytest.raises(UserError, match=r'has images.*impala_small'):
             parse(flag, env_name=VISUAL)
-    with pytest.raises(UserError, match='has state observations'):
-        parse('--agent.encoder=impala', '--agent.clip_flow_goals=False')
+    for clip in (True, False):  # With which InFOM takes no encoder: not what is wrong here.
+        with pytest.raises(UserError, match=r'has state observations; use for instance none$'):
+            parse('--agent.encoder=impala', f'--agent.clip_flow_goals={clip}')
+        with pytest.raises(UserError, match=r'has images; use for instance impala_small$'):
+            parse('--agent.encoder=mlp', f'--agent.clip_flow_goals={clip}', env_name=VISUAL)
     with pytest.raises(UserError, match='clip_flow_goals=True with an encoder'):
         parse('--agent.clip_flow_goals=True', env_name=VISUAL)
+
+
+def test_dino_has_an_encoder_of_states():
+    assert parse('--agent=dino_rebrac').agent.encoder == 'mlp'
+    with pytest.raises(UserError, match=r'encoder=impala_small: .* has state observations; use for instance mlp$'):
+        parse('--agent=dino_rebrac', '--agent.encoder=impala_small')
+    with pytest.raises(UserError, match=r'use mlp for states'):
+        parse('--agent=dino_rebrac', '--agent.encoder=none')
+    with pytest.raises(UserError, match=r'encoder=None: .* has images; use for instance impala_small$'):
+        parse('--agent=dino_rebrac', '--agent.encoder=none', env_name=VISUAL)
+
+
+@pytest.mark.parametrize('agent', ['iql', 'dino_rebrac'])
+def test_an_encoder_that_does_not_exist_is_refused_before_anything_starts(agent):
+    with pytest.raises(UserError, match="unknown encoder 'foo': expected one of impala"):
+        parse(f'--agent={agent}', '--agent.encoder=foo', env_name=VISUAL)
 
 
 def test_versions_of_jaxlib_that_crash_on_images_get_an_option(monkeypatch):
@@ -219,6 +260,9 @@ def test_images_are_not_normalised():
         ('--agent.foo=1', "Unknown command line flag 'agent.foo'"),
         ('--agent.agent_name=iql', "Unknown command line flag 'agent.agent_name'"),
         ('--agent.alpha=much', r'--agent.alpha=much: could not convert'),
+        ('--agent.latent_dim=none', r'--agent.latent_dim=none: invalid literal'),
+        ('--agent.actor_lr=nothing', r'--agent.actor_lr=nothing: could not convert'),
+        ('--agent.critic_layer_norm=maybe', 'agent.critic_layer_norm=maybe'),
         ('--agent.latent_dim=1.5', r'--agent.latent_dim=1.5: invalid literal'),
         ('--agent.actor_hidden_dims=wide', 'expected a tuple'),
         ('--preset=tiny', r'value should be one of <paper\|published\|small\|smoke>'),

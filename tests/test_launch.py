@@ -142,6 +142,32 @@ def test_a_run_in_the_way_does_not_stop_the_others(sweep):
     assert 'is finished with agent.alpha=1, now it is 7' in failed[label(1)]
 
 
+def test_a_run_that_cannot_be_started_fails_alone(sweep):
+    runs = expand(sweep(5, 1, 6))
+    runs[1].directory.parent.mkdir(parents=True)
+    runs[1].directory.write_text('a file in the way')
+    outcome = local.launch(runs, jobs=2)
+    assert sorted(outcome.finished) == [label(5), label(6)]
+    assert list(outcome.failed) == [label(1)]
+    assert outcome.failed[label(1)].startswith('it cannot be started: ')
+    assert 'File exists' in outcome.failed[label(1)]
+
+
+def test_an_unforeseen_error_stops_the_running_runs_which_save(sweep, monkeypatch):
+    saves, other = expand(sweep(4, 5))
+
+    def start(run, *arguments, real=local._start):
+        if run is other:
+            wait_until((saves.directory / 'waiting').exists, 'the run', seconds=60)
+            raise ZeroDivisionError
+        return real(run, *arguments)
+
+    monkeypatch.setattr(local, '_start', start)
+    with pytest.raises(ZeroDivisionError):
+        local.launch([saves, other], jobs=2)
+    assert (saves.directory / 'saved').exists()
+
+
 def test_jobs_take_the_gpus_in_turn_and_share_their_memory(sweep, monkeypatch):
     monkeypatch.delenv('XLA_PYTHON_CLIENT_MEM_FRACTION', raising=False)
     monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)

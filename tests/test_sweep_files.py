@@ -22,6 +22,7 @@ from sweeps.sweep_files import LONGEST_NAME, expand, parse_flags, read_sweep, ru
 from utils.errors import UserError
 from utils.flags import define_flags, resolve_settings
 from utils.presets import published_table
+from utils.run_config import flag_fields
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / 'sweeps').glob('*.yaml'))
@@ -178,6 +179,16 @@ def test_numbers_are_numbers_however_they_are_written(sweep):
     assert run.flags['run_name'] == 'infom_lr=0.001_sd0'
 
 
+def test_folders_may_have_numbers_for_names(sweep):
+    parameters = {'env_name': {'value': 'walker_run'}, 'run_name': {'values': [7, '1e3']}, 'dataset_dir': {'value': 8}}
+    runs = expand(sweep(name=20261128, parameters=parameters | {'save_dir': {'value': 3}}))
+    assert [str(run.directory) for run in runs] == ['3/20261128/7', '3/20261128/1e3']
+    assert runs[0].flags['dataset_dir'] == '8'
+    overrides = parse_flags(['run_group=007', '--save_dir=20261128']) | {'dataset_dir': '9'}
+    (run, _) = expand(sweep(parameters=parameters), overrides)
+    assert (str(run.directory), run.flags['dataset_dir']) == ('20261128/007/7', '9')
+
+
 def test_runs_that_restore_other_checkpoints_have_other_names(sweep):
     runs = expand(sweep(parameters={'restore_path': {'values': ['exp/a', 'exp/b']}}))
     assert [run.flags['run_name'] for run in runs] == ['infom_restore_path=exp-a_sd0', 'infom_restore_path=exp-b_sd0']
@@ -191,6 +202,30 @@ def test_wandb_runs_have_the_names_of_the_launcher(sweep):
     assert line[-1] == f'--run_name={run.flags["run_name"]}'
 
 
+def test_wandb_may_write_booleans_without_a_value():
+    given = ['--agent.clip_flow_goals', '--noagent.value_layer_norm', '--eval_async', '--env_name=walker_run']
+    line = sweep_run.command(given)
+    assert line[2:-1] == given
+    assert line[-1] == '--run_name=walker_run_infom_clip_flow_goals=True,value_layer_norm=False_sd0'
+    assert not any(name.startswith('no') for name in flag_fields())  # Which '--noname' would take for False.
+
+
+@pytest.mark.parametrize(
+    ('argument', 'message'),
+    [
+        ('foo', "error: 'foo' is no setting: expected name=value, as in preset=small"),
+        ('--num_seeds=two', 'error: --num_seeds=two: expected one whole number'),
+        ('--num_seeds', 'error: --num_seeds=True: expected one whole number'),
+    ],
+)
+def test_bad_input_from_wandb_is_one_line_and_exit_code_2(argument, message):
+    command = [sys.executable, '-m', 'sweeps.run', '--env_name=walker_run', argument]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.startswith(message)
+    assert result.stderr.count('\n') == 1
+
+
 @pytest.mark.parametrize(
     ('keys', 'message'),
     [
@@ -200,6 +235,10 @@ def test_wandb_runs_have_the_names_of_the_launcher(sweep):
         ({'parameters': {'seed': {'min': 0, 'max': 1}}}, 'parameter seed is'),
         ({'parameters': {'seed': {'values': []}}}, 'has no list of values'),
         ({'parameters': None}, 'is no sweep file'),
+        ({'parameters': {3: {'value': 3}}}, 'has a parameter 3: expected the name of a flag'),
+        ({'parameters': {'run_group': {'value': None}}}, 'parameter run_group has no value'),
+        ({'parameters': {'save_dir': {'values': ['exp', None]}}}, 'parameter save_dir has no value'),
+        ({'program': ['main.py']}, "has program ['main.py']: expected the name of a file"),
         ({'method': 'bayes'}, "method 'bayes': only grids"),
         ({'parameters': {'seed': {'value': '0,1'}}}, '--seed=0,1: expected one whole number'),
         ({'parameters': {'num_seeds': {'value': 'three'}}}, '--num_seeds=three: expected one whole number'),

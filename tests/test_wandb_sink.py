@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import subprocess
 import sys
 import textwrap
@@ -43,12 +44,14 @@ class FakeRun:
 @pytest.fixture
 def fake(monkeypatch):
     """A stand-in for the wandb module; returns what `init` was called with and the run that it gave."""
-    calls = types.SimpleNamespace(arguments=[], run=FakeRun(), error=None)
+    monkeypatch.setattr(os, 'environ', dict(os.environ))
+    calls = types.SimpleNamespace(arguments=[], run=FakeRun(), error=None, own_id=None)
 
     def init(**arguments):
         calls.arguments.append(arguments)
         if calls.error is not None:
             raise calls.error
+        calls.run.id = calls.own_id or arguments['id']
         return calls.run
 
     module = types.ModuleType('wandb')
@@ -99,6 +102,24 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run(fake, tmp_path):
         WandbSink(tmp_path, 'online').finish()
     first, second = (arguments['id'] for arguments in fake.arguments)
     assert first == second == json.loads((tmp_path / 'wandb.json').read_text())['id']
+
+
+def test_the_id_that_is_kept_is_the_runs(fake, tmp_path):
+    """In a sweep wandb does not take the one that it is given."""
+    fake.own_id = 'of_the_sweep'
+    WandbSink(tmp_path, 'online').finish()
+    fake.own_id = None
+    WandbSink(tmp_path, 'online').finish()
+    assert fake.arguments[1]['id'] == 'of_the_sweep'
+
+
+def test_a_key_is_not_waited_for_for_ever(fake, tmp_path):
+    os.environ.pop('WANDB_LOGIN_TIMEOUT', None)
+    WandbSink(tmp_path, 'online').finish()
+    assert os.environ['WANDB_LOGIN_TIMEOUT'] == '60'
+    os.environ['WANDB_LOGIN_TIMEOUT'] = '5'  # The user's own.
+    WandbSink(tmp_path, 'online').finish()
+    assert os.environ['WANDB_LOGIN_TIMEOUT'] == '5'
 
 
 def test_wandb_not_installed_is_a_warning(tmp_path, monkeypatch, caplog):

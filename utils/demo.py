@@ -7,7 +7,6 @@ the comparison that the README quotes.
 
 import functools
 import json
-import os
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import numpy as np
 from absl import flags
 
 import envs
+from envs import worker_pool
 from utils import cli, plots, runs
 from utils.errors import UserError
 from utils.evaluation import Evaluator, record_video
@@ -83,7 +83,7 @@ def train(directory, seed):
 
 def random_policy(seeds, num_episodes):
     """Statistics of uniformly random actions on the evaluation episodes of each seed."""
-    with Evaluator(functools.partial(envs.make_env, TASK), num_workers=len(os.sched_getaffinity(0))) as evaluator:
+    with Evaluator(functools.partial(envs.make_env, TASK), num_workers=worker_pool.available_cores()) as evaluator:
         return [evaluator.evaluate_random(seed=seed, num_episodes=num_episodes) for seed in seeds]
 
 

@@ -64,23 +64,34 @@ class _TupleParser(flags.ArgumentParser):
         return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
-class _OptionalStringParser(flags.ArgumentParser):
-    """A string; 'none' is None."""
+class _OptionalParser(flags.ArgumentParser):
+    """Accepts what another parser does; 'none' is None."""
+
+    def __init__(self, parser):
+        self._parser = parser
+        self.syntactic_help = f'{parser.syntactic_help or parser.flag_type()}, or none'
 
     def parse(self, argument):
-        return None if argument is None or argument.lower() == 'none' else argument
+        none = argument is None or (isinstance(argument, str) and argument.lower() == 'none')
+        return None if none else self._parser.parse(argument)
+
+    def flag_type(self):
+        return self._parser.flag_type()
 
 
 _PARSERS = {int: flags.IntegerParser, float: flags.FloatParser, str: flags.ArgumentParser, tuple: _TupleParser}
 
 
-def _define(name, parser_or_type, default, help_text, flag_values, choices=None):
+def _define(name, parser_or_type, default, help_text, flag_values, choices=None, optional=False):
     if parser_or_type is bool:
-        flags.DEFINE_boolean(name, default, help_text, flag_values=flag_values)
+        flag = flags.BooleanFlag(name, default, help_text)
+        flag.parser = _OptionalParser(flag.parser) if optional else flag.parser
+        flags.DEFINE_flag(flag, flag_values)
     elif choices:
         flags.DEFINE_enum(name, default, choices, help_text, flag_values=flag_values)
     else:
         parser = _PARSERS[parser_or_type]() if isinstance(parser_or_type, type) else parser_or_type
+        parser = _OptionalParser(parser) if optional else parser
         flags.DEFINE(parser, name, default, help_text, flag_values, serializer=flags.ArgumentSerializer())
     # --help lists the flags of the main module only: count ours among them.
     flag_values.register_key_flag_for_module(sys.argv[0], flag_values[name])
@@ -106,10 +117,10 @@ def define_flags(flag_values: flags.FlagValues = flags.FLAGS, argv: Sequence[str
     for key, value in config.items():
         if key == 'agent_name':  # It is the file's name.
             continue
-        kind = config.get_type(key)
-        if value is None and kind in (str, type(None)):
-            kind = _OptionalStringParser()
-        _define(f'agent.{key}', kind, value, help_text, flag_values)
+        kind = str if value is None and config.get_type(key) is type(None) else config.get_type(key)
+        # Of an encoder none is the absence, also where an agent has one by default.
+        optional = value is None or key == 'encoder'
+        _define(f'agent.{key}', kind, value, help_text, flag_values, optional=optional)
 
 
 def _agent_argument(argv: Sequence[str], flag_values: flags.FlagValues) -> str:
@@ -179,8 +190,8 @@ def resolve_settings(flag_values: flags.FlagValues = flags.FLAGS, phases: Sequen
 
     check_flags(values, task)
     check_agent(agent)
+    check_encoder(agent, task, module.get_config().get('encoder'))
     module.validate_config(agent)
-    check_encoder(agent, task)
     for name, value in fit_intervals(values, explicit, block_size(agent, values['finetuning_steps'])).items():
         if value != values[name]:
             sources[name] = f'made to fit the steps (preset: {values[name]})'

@@ -209,11 +209,15 @@ def check_agent(agent: ConfigDict) -> None:
             raise UserError(f'--agent.{key}={value}: expected the widths of one or more layers, as in (256, 256)')
 
 
-def check_encoder(agent: ConfigDict, task) -> None:
-    """Raises UserError for an image encoder on states, or images without one."""
+def check_encoder(agent: ConfigDict, task, for_states: str | None) -> None:
+    """Raises UserError for an image encoder on states, images without one, or an encoder that does not exist.
+
+    for_states: the agent's default, with which it works on states.
+    """
     encoder = agent.get('encoder')
     if task.visual == (encoder in (None, 'mlp')):
-        kind, example = ('images', 'impala_small') if task.visual else ('state observations', 'none')
-        raise UserError(
-            f'--agent.encoder={encoder}: {task.name} has {kind}; leave it out, or use for instance {example}'
-        )
+        kind, example = ('images', 'impala_small') if task.visual else ('state observations', for_states or 'none')
+        raise UserError(f'--agent.encoder={encoder}: {task.name} has {kind}; use for instance {example}')
+    from utils.encoders import make_encoder  # It brings JAX in, which reading a run's settings does not need.
+
+    make_encoder(encoder)

@@ -50,12 +50,16 @@ class WandbSink:
         if mode == 'disabled':
             return
         with self._never_stopping('start'):
+            # Or a terminal without a key would be asked for one, and the run wait for the answer; wandb reads it when
+            # it is imported.
+            os.environ.setdefault('WANDB_LOGIN_TIMEOUT', str(START_TIMEOUT))
             import wandb
 
             # finish_timeout: also for what wandb does by itself when the process ends.
             settings = wandb.Settings(
                 init_timeout=START_TIMEOUT, finish_timeout=FINISH_TIMEOUT, console='off', silent=True
             )
+            run_id = self._run_id()
             run = wandb.init(
                 project=project,
                 group=group,
@@ -63,10 +67,12 @@ class WandbSink:
                 config=dict(config or {}),
                 dir=str(self._directory),
                 mode=mode,
-                id=self._run_id(),
+                id=run_id,
                 resume='allow' if mode == 'online' else None,
                 settings=settings,
             )
+            if run.id != run_id:  # In a sweep, wandb chooses it.
+                write_json(self._directory / 'wandb.json', {'id': run.id})
             # Our own step as the axis, instead of wandb's counter, which must never go back: a resumed run repeats the
             # steps after its last checkpoint.
             run.define_metric('step')
