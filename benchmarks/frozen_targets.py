@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from agents.infom import InFOMAgent
 from utils import checkpoints, cli, datasets, training, values
-from utils.errors import UserError
+from utils.errors import UserError, expanded
 from utils.inspect import open_run
 from utils.runs import require_writable, write_csv
 
@@ -152,8 +152,8 @@ def main(argv):
     import envs
     from utils.evaluation import Evaluator
 
-    directory = Path(argv[1]).expanduser()
-    output = Path(FLAGS.output).expanduser() if FLAGS.output else directory
+    directory = expanded(argv[1])
+    output = expanded(FLAGS.output) if FLAGS.output else directory
     require_writable(output)
     config = open_run(directory).config
     make_env = functools.partial(envs.make_env, config['env_name'], frame_stack=config.get('frame_stack', 1))

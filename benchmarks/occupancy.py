@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from utils import cli, plots
 from utils.collected_runs import find_runs
-from utils.errors import UserError
+from utils.errors import UserError, expanded
 from utils.inspect import open_run
 from utils.runs import require_writable, write_csv
 
@@ -132,8 +132,8 @@ def score_runs(directory: Path, num_states: int, dataset_dir: str | None = None)
 
 
 def main(argv):
-    directory = Path(argv[1]).expanduser()
-    output = Path(FLAGS.output).expanduser() if FLAGS.output else directory / 'results'
+    directory = expanded(argv[1])
+    output = expanded(FLAGS.output) if FLAGS.output else directory / 'results'
     require_writable(output)
     rows, units, left_out = score_runs(directory, FLAGS.num_states, FLAGS.dataset_dir)
     for reason in left_out:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from agents.infom import InFOMAgent
 from benchmarks.occupancy import COLUMNS, NUM_FUTURES, report_rows, table
 from utils import cli, datasets, occupancy, training
-from utils.errors import UserError
+from utils.errors import UserError, expanded
 from utils.goals import Goals
 from utils.inspect import open_run
 from utils.runs import require_writable, write_csv
@@ -93,8 +93,8 @@ def measure(directory: Path, updates: int, interval: int, num_states: int, datas
 
 
 def main(argv):
-    directory = Path(argv[1]).expanduser()
-    output = Path(FLAGS.output).expanduser() if FLAGS.output else directory
+    directory = expanded(argv[1])
+    output = expanded(FLAGS.output) if FLAGS.output else directory
     require_writable(output)
     rows = measure(directory, FLAGS.updates, FLAGS.interval, FLAGS.num_states, FLAGS.dataset_dir)
     write_csv(output / 'occupancy_limit.csv', COLUMNS, rows)

@@ -11,7 +11,6 @@ below 0 a constant would do better).
 
 import functools
 import itertools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +22,7 @@ from agents import common, infom
 from envs.data import load_raw
 from utils import cli, presets
 from utils.datasets import Dataset, example_batch, gather_batch
-from utils.errors import UserError
+from utils.errors import UserError, expanded
 from utils.normalizers import Normalizer
 
 FLAGS = flags.FLAGS
@@ -96,7 +95,7 @@ def main(_):
     if spec.visual:
         raise UserError(f'{spec.name} has images, whose reward is fitted to features that learn with the rest')
     milestones, decays = FLAGS.steps, FLAGS.weight_decays
-    raw = load_raw(spec.name, 'finetuning', 'train', Path(FLAGS.dataset_dir).expanduser(), FLAGS.finetuning_size)
+    raw = load_raw(spec.name, 'finetuning', 'train', expanded(FLAGS.dataset_dir), FLAGS.finetuning_size)
     if np.ptp(raw['rewards']) == 0:
         raise UserError(f'every reward of {spec.name} there is {raw["rewards"][0]:g}: nothing to learn')
     settings = presets.resolve('infom', spec.name, FLAGS.preset)

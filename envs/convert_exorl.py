@@ -32,7 +32,7 @@ from envs import (
     worker_pool,
 )
 from utils import cli
-from utils.errors import UserError
+from utils.errors import UserError, expanded
 from utils.progress import progress_bar
 
 # The sets in the order in which they take episodes, and how many transitions of each the published protocol has.
@@ -92,7 +92,7 @@ def convert(
     tasks = _full_names(domain, tasks)
     buffer = exorl_episodes.buffer_path(exorl_dir, domain, algo)
     episodes = exorl_episodes.list_episodes(buffer)
-    get = f'--domain={domain} --exorl_dir={Path(exorl_dir).expanduser()}'
+    get = f'--domain={domain} --exorl_dir={expanded(exorl_dir)}'
     if not episodes:
         raise UserError(
             f'{buffer} holds no episodes: get some with python -m envs.download_exorl {get} --algo={algo}, or '

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 
-from envs.data import ACTION_TOLERANCE
-from utils.errors import UNREADABLE_NPZ, UserError
+from envs.data import ACTION_TOLERANCE, REAL_KINDS
+from utils.errors import UNREADABLE_NPZ, UserError, expanded
 
 MINARI = 'minari:'
 VALIDATION_SHARE = 0.1  # Of the episodes, rounded, at least one.
@@ -30,7 +30,7 @@ def sizes(dataset: str) -> tuple[int, int]:
     """
     if dataset.startswith(MINARI):
         return _minari_sizes(_open_minari(dataset))
-    with _opened(Path(dataset).expanduser()) as arrays:
+    with _opened(expanded(dataset)) as arrays:
         shapes = _check_shapes(arrays, dataset)
     return shapes['observations'][1], shapes['actions'][1]
 
@@ -79,7 +79,7 @@ def _opened(path: Path):
 
 
 class _NpzArray:
-    """One array of an npz file: its shape from the header alone, its values on request."""
+    """One array of an npz file: its shape and type from the header alone, its values on request."""
 
     def __init__(self, archive: zipfile.ZipFile, name: str):
         self._archive, self._name = archive, f'{name}.npy'
@@ -89,7 +89,7 @@ class _NpzArray:
                 (1, 0): np.lib.format.read_array_header_1_0,
                 (2, 0): np.lib.format.read_array_header_2_0,
             }[version]
-            self.shape = read_header(member)[0]
+            self.shape, _, self.dtype = read_header(member)
 
     def __getitem__(self, rows) -> np.ndarray:
         with self._archive.open(self._name) as member:
@@ -97,7 +97,8 @@ class _NpzArray:
 
 
 def _check_shapes(arrays, dataset: str) -> dict[str, tuple[int, ...]]:
-    """The shapes of a file's arrays by name, if they can be those of a data set."""
+    """The shapes of a file's arrays by name. Raises UserError unless they, and the types, can be those of a data
+    set."""
     shapes = {name: tuple(arrays[name].shape) for name in (*REQUIRED, *OPTIONAL) if name in arrays}
     missing = [name for name in REQUIRED if name not in shapes]
     if missing:
@@ -107,6 +108,8 @@ def _check_shapes(arrays, dataset: str) -> dict[str, tuple[int, ...]]:
         )
     rows = shapes['terminals'][0] if shapes['terminals'] else 0
     for name, shape in shapes.items():
+        if arrays[name].dtype.kind not in REAL_KINDS:
+            raise UserError(f'{dataset}: {name} are of type {arrays[name].dtype}; expected real numbers')
         columns = {'observations': 'd', 'next_observations': 'd', 'actions': 'a'}.get(name)
         if len(shape) != (2 if columns else 1) or shape[0] != rows or 0 in shape:
             expected = f'({rows}, {columns})' if columns else f'({rows},)'
@@ -124,7 +127,7 @@ def _read_file(dataset: str, labels: tuple[str, ...], split: str, max_transition
 
     Arrays are read one after the other: beside the rows that are kept, no more than one is ever held.
     """
-    with _opened(Path(dataset).expanduser()) as arrays:
+    with _opened(expanded(dataset)) as arrays:
         _check_shapes(arrays, dataset)
         if labels and 'rewards' not in arrays:
             raise UserError(f'{dataset}: it holds no rewards, which fine-tuning needs; pretrain.py does without')
@@ -135,7 +138,7 @@ def _read_file(dataset: str, labels: tuple[str, ...], split: str, max_transition
         # Labels that are not asked for may still tell that final states are missing.
         for name in ('observations', 'actions', *(labels if are_transitions else LABELS)):
             if name in arrays:
-                raw[name] = np.array(arrays[name][rows], np.float32, order='C')
+                raw[name] = _copy(arrays[name][rows])
         if 'masks' in labels and 'masks' not in raw and masks is not None:
             raw['masks'] = masks[rows].copy()
         if not are_transitions:
@@ -156,12 +159,16 @@ def _read_file(dataset: str, labels: tuple[str, ...], split: str, max_transition
 
 
 def _read_ends(arrays, dataset: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """(rows,) bool, where episodes end, and (rows,) float32, the masks that this tells: none without `CUT_OFFS`."""
-    terminals = arrays['terminals'][()].astype(bool)
+    """(rows,) bool, where episodes end, and (rows,) float32, the masks that this tells: none without `CUT_OFFS`.
+
+    Raises:
+        UserError: one of the arrays is not finite, or the ends contradict each other.
+    """
+    terminals = _read_flags(arrays, 'terminals', dataset)
     names = [name for name in CUT_OFFS if name in arrays]
     if not names:
         return terminals, None
-    cut_off = np.logical_or.reduce([arrays[name][()].astype(bool) for name in names])
+    cut_off = np.logical_or.reduce([_read_flags(arrays, name, dataset) for name in names])
     if 'next_observations' not in arrays:
         if (cut_off & ~terminals).any():
             raise UserError(
@@ -178,6 +185,13 @@ def _read_ends(arrays, dataset: str) -> tuple[np.ndarray, np.ndarray | None]:
             'terminated; expected terminals there only, or masks that are 0 there'
         )
     return terminals | cut_off, 1 - terminals.astype(np.float32)
+
+
+def _read_flags(arrays, name: str, dataset: str) -> np.ndarray:
+    """(rows,) bool. Raises UserError at a NaN, which would be true."""
+    flags = arrays[name][()]
+    _require_finite(flags, name, 0, dataset)
+    return flags.astype(bool)
 
 
 def _refuse_transitions(raw: dict[str, np.ndarray], dataset: str) -> None:
@@ -243,12 +257,19 @@ def _blocks(rows: int):
     return (slice(start, min(start + BLOCK, rows)) for start in range(0, rows, BLOCK))
 
 
+def _copy(array: np.ndarray) -> np.ndarray:
+    """A copy in float32, row after row; what is too large for it becomes infinite, for `_require_finite` to tell of."""
+    with np.errstate(over='ignore'):
+        return np.array(array, np.float32, order='C')
+
+
 def _require_finite(array: np.ndarray, name: str, first: int, dataset: str) -> None:
+    """Raises UserError at the first row that is not finite in float32. first: which row of the data set row 0 is."""
     for block in _blocks(len(array)):
-        finite = np.isfinite(array[block].astype(np.float32, copy=False)).reshape(block.stop - block.start, -1).all(1)
+        finite = np.isfinite(_copy(array[block])).reshape(block.stop - block.start, -1).all(1)
         if not finite.all():
             row = first + block.start + int(np.argmin(finite))
-            raise UserError(f'{dataset}: {name} hold a NaN or an infinity, first in row {row}')
+            raise UserError(f'{dataset}: {name} hold a NaN or an infinity, first in row {row} (as float32)')
 
 
 def _check_values(raw: dict[str, np.ndarray], first: int, dataset: str) -> None:
@@ -350,7 +371,7 @@ def _read_minari(
             'masks': np.append(1.0 - episode.terminations, 1.0),
         }
         for name, parts in columns.items():
-            parts.append(np.array(rows[name], bool if name == 'terminals' else np.float32))  # A copy: the rest goes.
+            parts.append(rows[name] if name == 'terminals' else _copy(rows[name]))  # Which lets the rest go.
     raw = {name: np.concatenate(columns.pop(name)) for name in list(columns)}
     _check_values(raw, 0, dataset)
     rows = _split_rows(raw['terminals'], split, max_transitions, dataset, are_transitions=False)

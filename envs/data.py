@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from envs import TaskSpec, make_env, task_spec
-from utils.errors import UNREADABLE_NPZ, UserError
+from utils.errors import UNREADABLE_NPZ, UserError, expanded
 
 DEFAULT_DATASET_DIR = '~/.ogbench/data'
 PHASES = ('pretraining', 'finetuning')
@@ -31,6 +31,7 @@ ALIGNMENT = 64  # Bytes.
 # Actions are clipped to [-1, 1] when they are used. This much beyond is rounding; more means that they were never
 # scaled.
 ACTION_TOLERANCE = 1e-3
+REAL_KINDS = 'biuf'  # Of NumPy's data types: bool, integers, floating point.
 
 
 def dataset_path(dataset_dir: str | Path, domain: str, phase: str, split: str) -> Path:
@@ -39,7 +40,7 @@ def dataset_path(dataset_dir: str | Path, domain: str, phase: str, split: str) -
         raise UserError(f'phase={phase!r}, split={split!r}: expected {" or ".join(PHASES)}, and {" or ".join(SPLITS)}')
     kind = {'pretraining': 'play', 'finetuning': 'play-ft'}[phase]
     suffix = {'train': '', 'val': '-val'}[split]
-    return Path(dataset_dir).expanduser() / f'{domain}-{kind}-v0{suffix}.npz'
+    return expanded(dataset_dir) / f'{domain}-{kind}-v0{suffix}.npz'
 
 
 def exorl_dataset_path(dataset_dir: str | Path, domain: str, task: str | None, phase: str, split: str) -> Path:
@@ -48,7 +49,7 @@ def exorl_dataset_path(dataset_dir: str | Path, domain: str, task: str | None, p
         raise UserError(f'phase={phase!r}, split={split!r}: expected {" or ".join(PHASES)}, and {" or ".join(SPLITS)}')
     name = domain if phase == 'pretraining' else f'{domain}_{task}-ft'
     suffix = {'train': '', 'val': '-val'}[split]
-    return Path(dataset_dir).expanduser() / f'exorl-{name}{suffix}.npz'
+    return expanded(dataset_dir) / f'exorl-{name}{suffix}.npz'
 
 
 def task_path(spec: TaskSpec, phase: str, split: str, dataset_dir: str | Path) -> Path:
@@ -151,8 +152,7 @@ def _read_rows(archive: zipfile.ZipFile, spec: TaskSpec, path: Path, max_transit
         raise UserError(f'{path}: observations are {raw["observations"].dtype}; images are expected as uint8')
     for name in ('observations', 'actions'):
         if not (spec.visual and name == 'observations'):
-            _require_finite(raw[name], name, path)
-            raw[name] = raw[name].astype(np.float32, copy=False)
+            raw[name] = _as_float32(raw[name], name, path)
     largest = max(raw['actions'].max(), -raw['actions'].min())
     if largest > 1.0 + ACTION_TOLERANCE:
         raise UserError(f'{path}: actions reach {largest:.3g}; they are expected in [-1, 1]')
@@ -188,12 +188,16 @@ def _member_header(member) -> tuple[tuple[int, ...], np.dtype]:
 
 
 def _member_shape(archive: zipfile.ZipFile, name: str, path: Path) -> tuple[int, ...]:
+    """The shape of an array. Raises UserError if there is none of that name, or it is not of real numbers."""
     if f'{name}.npy' not in archive.namelist():
         raise UserError(
             f'{path}: it holds no {name}, only {", ".join(entry.removesuffix(".npy") for entry in archive.namelist())}'
         )
     with archive.open(f'{name}.npy') as member:
-        return _member_header(member)[0]
+        shape, dtype = _member_header(member)
+    if dtype.kind not in REAL_KINDS:
+        raise UserError(f'{path}: {name} are of type {dtype}; real numbers are expected')
+    return shape
 
 
 def _empty_aligned(shape: tuple[int, ...], dtype) -> np.ndarray:
@@ -225,6 +229,14 @@ def _read_member(archive: zipfile.ZipFile, name: str, rows: int) -> np.ndarray:
     return array
 
 
+def _as_float32(array: np.ndarray, name: str, path: Path) -> np.ndarray:
+    """The array in float32, itself if it is that already. Raises UserError unless all of it is finite then."""
+    with np.errstate(over='ignore'):  # What is too large becomes infinite, and is told of as such.
+        array = array.astype(np.float32, copy=False)
+    _require_finite(array, name, path)
+    return array
+
+
 def _require_finite(array: np.ndarray, name: str, path: Path) -> None:
     """Raises UserError at the first NaN or infinity; looks at a few megabytes at a time."""
     if not np.issubdtype(array.dtype, np.floating):
@@ -235,7 +247,8 @@ def _require_finite(array: np.ndarray, name: str, path: Path) -> None:
         if not finite.all():
             row = start + int(np.argwhere(~finite)[0][0])
             raise UserError(
-                f'{path}: {name} hold a NaN or an infinity, first in row {row}; delete the file and make it anew'
+                f'{path}: {name} hold a NaN or an infinity, first in row {row} (as {array.dtype}); delete the file and '
+                'make it anew'
             )
 
 
@@ -243,9 +256,8 @@ def _read_rewards(archive: zipfile.ZipFile, path: Path, rows: int) -> tuple[np.n
     shape = _member_shape(archive, 'rewards', path)
     if len(shape) != 1 or shape[0] < rows:
         raise UserError(f'{path}: rewards have shape {shape}; one number for each of {rows} rows is expected')
-    rewards = _read_member(archive, 'rewards', rows)
-    _require_finite(rewards, 'rewards', path)
-    return rewards.astype(np.float32, copy=False), np.ones(rows, np.float32)
+    rewards = _as_float32(_read_member(archive, 'rewards', rows), 'rewards', path)
+    return rewards, np.ones(rows, np.float32)
 
 
 def _require_named(spec: TaskSpec, phase: str, path: Path, metadata: dict | None) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from envs import EXORL_PHYSICS_SIZES, EXORL_SIZES, EXORL_TASKS, episode_parts, suggest
-from utils.errors import UNREADABLE_NPZ, UserError
+from utils.errors import UNREADABLE_NPZ, UserError, expanded
 
 DEFAULT_EXORL_DIR = '~/.exorl/data'
 EPISODE_NAME = re.compile(r'episode_(\d{6,})_(\d+)\.npz')
@@ -37,7 +37,7 @@ def buffer_path(exorl_dir: str | Path, domain: str, algo: str) -> Path:
     """The folder of a domain's and algorithm's episode files; ~ is expanded."""
     if not re.fullmatch(r'[A-Za-z0-9][\w.-]*', algo):
         raise UserError(f'--algo={algo!r}: expected the name of a folder (letters, digits, _.-)')
-    return Path(exorl_dir).expanduser() / domain / algo / 'buffer'
+    return expanded(exorl_dir) / domain / algo / 'buffer'
 
 
 def episode_name(index: int, steps: int) -> str:

@@ -18,7 +18,7 @@ from absl import flags
 from sweeps import local, slurm
 from sweeps.sweep_files import Run, expand, parse_flags
 from utils import cli
-from utils.errors import UserError
+from utils.errors import UserError, expanded
 
 FLAGS = flags.FLAGS
 
@@ -63,7 +63,7 @@ def launch_on_slurm(runs: list[Run]) -> int:
     if not waiting:
         print(f'{len(done)} of {len(runs)} runs are finished, nothing to submit')
         return int(bool(failed))
-    folder = Path(waiting[0].flags['save_dir']).expanduser() / '.submitit' / '%j'
+    folder = expanded(waiting[0].flags['save_dir']) / '.submitit' / '%j'
     submitted = slurm.submit(waiting, folder, FLAGS.jobs, parse_flags(FLAGS.slurm))
     for run, job in zip(waiting, submitted, strict=True):
         print(f'{job.job_id}  {run.label}')

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 import agents
-from utils.errors import UserError
+from utils.errors import UserError, expanded
 from utils.run_config import OPERATIONAL_FLAGS, flag_fields
 
 # Flags that say where a run goes and how it is watched: no part of its name.
@@ -39,7 +39,7 @@ class Run:
 
     @property
     def directory(self) -> Path:
-        return Path(self.flags['save_dir']).expanduser() / self.flags['run_group'] / self.flags['run_name']
+        return expanded(self.flags['save_dir']) / self.flags['run_group'] / self.flags['run_name']
 
     def command(self, python: str = sys.executable) -> list[str]:
         return [python, self.program, *(f'--{key}={value}' for key, value in self.flags.items())]

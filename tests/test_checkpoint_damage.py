@@ -83,6 +83,19 @@ def listed_meta(checkpoint):
     (checkpoint / 'meta.json').write_text('[]')
 
 
+def bare_meta(checkpoint):
+    (checkpoint / 'meta.json').write_text('{"format_version": 1}')
+
+
+def mistyped_meta(checkpoint):
+    file = checkpoint / 'meta.json'
+    file.write_text(json.dumps(json.loads(file.read_text()) | {'phase': 7}))
+
+
+def listed_index(checkpoint):
+    (checkpoint / 'index.json').write_text('{"leaves": [], "files": {}}')
+
+
 def unversioned_meta(checkpoint):
     (checkpoint / 'meta.json').write_text('{}')
 
@@ -102,6 +115,9 @@ def unversioned_meta(checkpoint):
         empty_meta,
         listed_meta,
         unversioned_meta,
+        bare_meta,
+        mistyped_meta,
+        listed_index,
     ],
 )
 def test_a_damaged_checkpoint_is_named(copy, damage):

@@ -206,6 +206,11 @@ def test_resolving_nothing_says_what_was_expected(tmp_path, made):
         resolve(path)
 
 
+def test_an_unknown_home_folder_is_a_user_error():
+    with pytest.raises(UserError, match='the home folder ~no-such-user is not known'):
+        resolve('~no-such-user/run')
+
+
 # --- Kills ---
 
 

@@ -160,6 +160,7 @@ def test_a_cut_off_ends_an_episode_and_terminates_nothing(tmp_path, cut_off, mas
         ({'rewards': nan_at(5, 3)}, 'train', 'rewards hold a NaN or an infinity, first in row 3'),
         ({'next_observations': nan_at((5, 1), 4)}, 'val', 'next_observations hold a NaN .*, first in row 4'),
         ({'timeouts': np.zeros((5, 1))}, 'train', r'timeouts have shape \(5, 1\)'),
+        ({'timeouts': nan_at(5, 2)}, 'train', 'timeouts hold a NaN or an infinity, first in row 2'),
     ],
 )
 def test_transitions_that_contradict_themselves_are_refused(tmp_path, replaced, split, message):
@@ -294,7 +295,11 @@ def test_reading_holds_one_array_beside_what_is_kept(tmp_path, suffix):
         ({'rewards': nan_at(9, 1)}, 'rewards hold a NaN or an infinity, first in row 1'),
         ({'actions': np.full((9, 1), 2.0)}, r'actions reach 2; expected \[-1, 1\]'),
         ({'masks': np.full(9, -1.0)}, r'masks reach beyond \[0, 1\]'),
-        ({'actions': np.array([[{}]] * 9)}, r'cannot be read \(ValueError'),
+        ({'actions': np.array([[{}]] * 9)}, 'actions are of type object; expected real numbers'),
+        ({'observations': np.full((9, 2), '1.0')}, 'observations are of type <U3; expected real numbers'),
+        ({'rewards': np.zeros(9, complex)}, 'rewards are of type complex128; expected real numbers'),
+        ({'observations': np.full((9, 2), 1e300)}, r'observations hold .* an infinity, first in row 0 \(as float32\)'),
+        ({'terminals': nan_at(9, 5)}, 'terminals hold a NaN or an infinity, first in row 5'),
     ],
 )
 def test_bad_arrays_are_named_with_their_file(tmp_path, replaced, message):
@@ -317,6 +322,19 @@ def test_bad_files(tmp_path, name, content, message):
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=f'{name}.*{message}'):
         envs.task_spec('none', str(tmp_path / name))
+
+
+def test_strings_in_hdf5_are_refused(tmp_path):
+    with h5py.File(tmp_path / 'mine.h5', 'w') as file:
+        for name, array in make_arrays().items():
+            file[name] = array if name != 'observations' else array.astype('S')
+    with pytest.raises(UserError, match=r'observations are of type .*; expected real numbers'):
+        envs.task_spec('none', str(tmp_path / 'mine.h5'))
+
+
+def test_an_unknown_home_folder_is_named():
+    with pytest.raises(UserError, match='the home folder ~no-such-user is not known'):
+        envs.task_spec('none', '~no-such-user/mine.npz')
 
 
 def test_minari_episodes_are_converted_as_they_come(monkeypatch):

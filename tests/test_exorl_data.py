@@ -274,6 +274,8 @@ def test_loading_names_what_is_missing_or_wrong(raw, tmp_path):
         (None, 'holds no rewards'),
         (np.zeros(rows - 1, np.float32), 'rewards have shape'),
         (np.full(rows, np.nan, np.float32), 'rewards hold a NaN'),
+        (np.full(rows, 1e300), 'rewards hold a NaN or an infinity'),
+        (np.full(rows, '1.0'), 'rewards are of type <U3'),
     ):
         labelled = arrays if rewards is None else arrays | {'rewards': rewards}
         np.savez(tmp_path / 'exorl-cheetah_run-ft.npz', **labelled)

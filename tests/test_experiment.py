@@ -15,7 +15,7 @@ import envs
 from agents import fb_iql, stabilizers
 from agents.common import STEP
 from tests.tiny import random_walks
-from utils import checkpoints, runs, saved_policy, training
+from utils import checkpoints, processes, runs, saved_policy, training
 from utils.errors import TrainingDiverged, UserError
 from utils.experiment import Experiment
 from utils.flags import define_flags, resolve_settings, set_up_jax
@@ -218,10 +218,31 @@ def test_chunks_of_another_length_end_at_the_same_intervals(quick, tmp_path):
     run(dataclasses.replace(config, chunk_size=8), calls=calls)
     assert calls == [24, 32, 40, 48]
     assert [row['step'] for row in lines(config)] == [row['step'] for row in lines(quick)]
+    rows = runs.read_metrics(config.run_dir / 'metrics.jsonl')
+    speeds = {row['step']: row['time/updates_per_second'] for row in rows if 'time/updates_per_second' in row}
+    timed = {step: speed is not None and speed > 0 for step, speed in speeds.items()}
+    # The first chunk of a start, and of a phase, is not timed: it ends at 4 of the first interval, and at 16 and 32.
+    assert timed == {8: True, 16: False, 24: True, 32: False, 40: True, 48: True}
     assert {path.name for path in (config.run_dir / 'checkpoints').iterdir()} == {'24', '48'}
     ours, theirs = (checkpoints.read_arrays(c.run_dir / 'checkpoints' / '48') for c in (config, quick))
     for name, array in ours.items():
         np.testing.assert_allclose(array, theirs[name], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_a_signal_after_an_evaluation_stops_with_a_checkpoint(tmp_path, monkeypatch):
+    """It comes when nothing was to be saved, and before the loop goes on."""
+    config = make_quick_config(tmp_path, '--save_interval=24')
+    experiment = make_experiment(config, calls=[])
+
+    def wait_and_signal():
+        if (experiment.phase, experiment.phase_step) == ('finetuning', 8):
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(processes, 'wait_for_all', wait_and_signal)
+    with pytest.raises(SystemExit), experiment:
+        experiment.pretrain()
+        experiment.finetune()
+    assert checkpoints.latest_step(config.run_dir / 'checkpoints') == experiment.offset + experiment.phase_step == 36
 
 
 def test_a_last_evaluation_after_a_resume_is_not_due_again(quick, tmp_path):
@@ -464,15 +485,14 @@ def test_pretraining_never_sees_a_reward(tmp_path):
     assert (config.run_dir / 'summary.json').exists()
 
 
+def load_nan(phase, split, size):
+    """All rewards are NaN."""
+    raw = load_raw(phase, split, size)
+    return raw if phase == 'pretraining' else raw | {'rewards': np.full_like(raw['rewards'], np.nan)}
+
+
 def test_nan_stops_the_run_with_step_metric_and_checkpoint(tmp_path):
     config = make_config(tmp_path)
-
-    def load_nan(phase, split, size):
-        raw = load_raw(phase, split, size)
-        if phase == 'finetuning':
-            raw['rewards'] = np.full_like(raw['rewards'], np.nan)
-        return raw
-
     with pytest.raises(TrainingDiverged, match=r'step 25 .*reward_loss.*checkpoints/24'):
         run(config, load=load_nan)
     warned = dataclasses.replace(config, nan_policy='warn', run_name='warned')
@@ -481,11 +501,48 @@ def test_nan_stops_the_run_with_step_metric_and_checkpoint(tmp_path):
     assert rows[-1]['training/reward_loss'] is None, 'NaN is null in the log'
 
 
+@pytest.mark.parametrize('mean', ['nan', 'inf', '-inf'])
+def test_means_that_are_not_finite_are_kept_over_a_stop(quick, tmp_path, mean):
+    """SIGTERM within an interval, under --nan_policy=warn."""
+    config = copy_of(quick, tmp_path)
+    shutil.rmtree(config.run_dir / 'checkpoints' / '48')
+    (config.run_dir / 'summary.json').unlink()
+    with make_experiment(config) as experiment:
+        experiment._partial = [{'loss': [float(mean), 0.5]}]
+        experiment._save(keep=True)
+    with make_experiment(config) as experiment:
+        np.testing.assert_array_equal(experiment._partial[0]['loss'], [float(mean), 0.5])
+
+
+def test_a_stop_within_an_interval_of_nan_saves(tmp_path):
+    config = make_quick_config(
+        tmp_path, '--nan_policy=warn', '--pretraining_steps=8', '--save_interval=24', '--eval_interval=24'
+    )
+    experiment = run_until(config, 16, load=load_nan)
+    assert experiment.offset + experiment.phase_step == 20, 'half an interval'
+    (chunk,) = checkpoints.load_meta(config.run_dir / 'checkpoints' / '20')['partial_metrics']
+    assert ['nan'] in chunk.values()
+    run(config, calls=[], load=load_nan)
+    assert run_status(config.run_dir) == FINISHED
+
+
+def test_metadata_that_say_nothing_get_one_line(quick, tmp_path):
+    config = copy_of(quick, tmp_path)
+    (config.run_dir / 'checkpoints' / '48' / 'meta.json').write_text('{"format_version": 1}')
+    restored = make_quick_config(
+        tmp_path, f'--restore_path={config.run_dir / "checkpoints" / "48"}', '--run_name=other'
+    )
+    for started in (config, restored):
+        with pytest.raises(UserError, match='checkpoints/48 is damaged: its metadata name no phase'):
+            run(started)
+
+
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
         (('--agent.alpha=3',), r'agent.alpha=30.0, now it is 3.0'),
         (('--seed=1',), r'--seed=0, now it is 1'),
+        (('--agent=iql',), r'holds a run with --agent=agents/infom\.py, now it is iql'),
         (('--agent.latent_dim=4',), r'latent_dim=8, now it is 4'),
         (('--finetuning_steps=16',), r'24 fine-tuning updates, more than --finetuning_steps=16'),
         # Its learning rates have fallen to 0 by then.
@@ -532,6 +589,7 @@ def test_other_data_are_refused_on_resume(finished):
     [
         ((), 'scene-play-singletask-task1-v0', 'pre-trained on cube-single'),
         (('--num_seeds=2',), TASK, 'holds 1 seeds'),
+        (('--agent=iql',), TASK, r'was trained with --agent=agents/infom\.py, now it is iql'),
         (('--agent.latent_dim=4',), TASK, 'agent.latent_dim=8, now it is 4'),
         (('--agent.discount=0.9',), TASK, 'agent.discount=0.99, now it is 0.9'),
         (('--agent.clip_flow_goals=False',), TASK, 'agent.clip_flow_goals=True, now it is False'),

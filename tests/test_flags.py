@@ -156,6 +156,8 @@ def test_where_a_run_is_written():
     config = parse('--preset=smoke', '--seed=3', '--save_dir=~/runs')
     assert config.run_dir == Path.home() / 'runs' / 'smoke' / f'{TASK}_infom_sd3'
     assert parse('--run_group=g', '--run_name=n').run_dir == Path('exp/g/n')
+    with pytest.raises(UserError, match='home folder ~no-such-user is not known'):
+        parse('--dataset_dir=~no-such-user/data')
     assert parse('--dataset_dir=~/d').dataset_dir == str(Path.home() / 'd')
 
 

@@ -60,6 +60,23 @@ def test_next_actions_across_episodes():
     np.testing.assert_array_equal(np.unique(sampled), rows)
 
 
+@pytest.mark.parametrize(
+    ('label', 'agent', 'warned'), [(-2.0, 'infom', True), (0.0, 'infom', False), (-2.0, 'rebrac', False)]
+)
+def test_ends_whose_labels_count_for_ever(tmp_path, caplog, label, agent, warned):
+    def ended(phase, split, size):
+        raw = load_raw(phase, split, size)
+        if phase == 'finetuning':
+            raw['rewards'][14], raw['masks'][14] = label, 0.0  # The last transition of the first episode.
+        return raw
+
+    with make_experiment(make_config(tmp_path, f'--agent=agents/{agent}.py'), load=ended) as experiment:
+        experiment._load_phase('pretraining')
+        assert 'counts for ever' not in caplog.text
+        experiment._load_phase('finetuning')
+    assert ('labels other than 0, of -2 on average' in caplog.text) == warned
+
+
 @pytest.mark.parametrize('per_split', [True, False])
 def test_a_normaliser_for_every_file(tmp_path, per_split):
     def shifted(phase, split, size):

@@ -132,6 +132,12 @@ def test_a_missing_file_names_the_commands_that_make_it(tmp_path):
     assert 'download' not in str(finetuning.value)
 
 
+def test_an_unknown_home_folder_is_named():
+    for task in (TASK, 'cheetah_run'):
+        with pytest.raises(UserError, match='the home folder ~no-such-user is not known'):
+            data.load_raw(task, 'pretraining', 'train', '~no-such-user/data')
+
+
 def damage_cut(path):
     path.write_bytes(path.read_bytes()[:400])
 
@@ -179,6 +185,13 @@ def with_value(value, row):
     [
         (changed(observations=with_value(np.nan, 7)), 'observations hold a NaN or an infinity, first in row 7'),
         (changed(actions=with_value(np.inf, 18)), 'actions hold a NaN or an infinity, first in row 18'),
+        (
+            changed(observations=lambda o: with_value(1e300, 4)(o.astype(np.float64))),
+            r'observations hold a NaN or an infinity, first in row 4 \(as float32\)',
+        ),
+        (changed(observations=lambda o: o.astype(str)), 'observations are of type <U32; real numbers are expected'),
+        (changed(actions=lambda a: a.astype(complex)), 'actions are of type complex128; real numbers are expected'),
+        (changed(terminals=lambda t: t.astype(str)), 'terminals are of type <U5; real numbers are expected'),
         (changed(actions=with_value(3.5, 2)), 'actions reach 3.5'),
         (changed(actions=with_value(-2.5, 2)), 'actions reach 2.5'),
         (changed(observations=lambda o: o[:, :17]), r'observations have shape \(19, 17\).*\(19, 28\)'),

@@ -57,6 +57,11 @@ def test_a_directory_that_cannot_be_made_is_a_user_error(tmp_path):
         runs.make_run_directory(tmp_path / 'file', 'group', 'name')
 
 
+def test_an_unknown_home_folder_is_a_user_error():
+    with pytest.raises(UserError, match='the home folder ~no-such-user is not known'):
+        runs.make_run_directory('~no-such-user/exp', 'group', 'name')
+
+
 @pytest.mark.skipif(sys.platform != 'linux', reason='needs a directory that not even root can write to')
 def test_a_directory_in_which_no_file_can_be_made_is_a_user_error():
     with pytest.raises(UserError, match='cannot write /proc/self'):  # unwritable even for root

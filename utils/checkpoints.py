@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
@@ -21,12 +21,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from utils.errors import UserError
+from utils.errors import UserError, expanded
 from utils.runs import require_writable, write_json
 
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
+WRITTEN_WITH_EVERY_STATE = {'phase': str, 'step': int, 'keep': bool}  # Metadata, with their types.
 
 _LEFTOVER = re.compile(r'\d+\.(unfinished|deleted)')
 
@@ -153,7 +154,7 @@ def resolve(path: str | os.PathLike, phase: str | None = None) -> Path:
     Raises:
         UserError: nothing there, or no checkpoint of that phase.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     if _is_checkpoint(path):
         return path
     if not path.is_dir():
@@ -182,13 +183,24 @@ def load_meta(path: str | os.PathLike) -> dict:
     meta = _read_json(path / 'meta.json')
     version = meta.get('format_version')
     if not isinstance(version, int):
-        raise _damaged(path, 'its metadata name no format_version')
+        raise damaged(path, 'its metadata name no format_version')
     if version > FORMAT_VERSION:
         raise UserError(
             f'checkpoint {path} has format version {version}, this code reads up to {FORMAT_VERSION}: it was written '
             'by a newer version. Update the code, or use a checkpoint that this version wrote.'
         )
+    require_types(path, meta, WRITTEN_WITH_EVERY_STATE)
     return meta
+
+
+def require_types(path: Path, meta: dict, types: Mapping[str, type | tuple[type, ...]]) -> None:
+    """Raises `UserError`, that the checkpoint `path` is damaged, where its metadata lack a name or have another
+    type."""
+    for name, expected in types.items():
+        if name not in meta:
+            raise damaged(path, f'its metadata name no {name}')
+        if not isinstance(meta[name], expected):
+            raise damaged(path, f'its metadata have {name}={meta[name]!r}')
 
 
 def restore(path: str | os.PathLike, template: Any, optional: Collection[str] = ()) -> Any:
@@ -229,8 +241,8 @@ def _open_checkpoint(path: str | os.PathLike) -> tuple[Path, dict]:
     path = resolve(path).absolute()
     load_meta(path)  # refuses a newer format before its arrays are interpreted
     index = _read_json(path / 'index.json')
-    if not index.keys() >= {'leaves', 'files'}:
-        raise _damaged(path, 'index.json is incomplete')
+    if not all(isinstance(index.get(part), dict) for part in ('leaves', 'files')):
+        raise damaged(path, 'index.json is incomplete')
     return path, index
 
 
@@ -279,7 +291,7 @@ def _read_arrays(path: Path, stored: dict[str, dict]) -> dict[str, np.ndarray]:
             with _make_checkpointer() as checkpointer:
                 arrays |= checkpointer.restore(path / 'state', args=ocp.args.PyTreeRestore(restore_args=wanted))
         except Exception as error:  # tensorstore and orbax raise many types, of one meaning here
-            raise _damaged(path, _first_line(error)) from error
+            raise damaged(path, _first_line(error)) from error
     return arrays
 
 
@@ -331,11 +343,11 @@ def _read_json(file: Path) -> dict:
     try:
         content = json.loads(file.read_text())
     except FileNotFoundError as error:
-        raise _damaged(file.parent, f'{file.name} is missing') from error
+        raise damaged(file.parent, f'{file.name} is missing') from error
     except (OSError, ValueError) as error:
-        raise _damaged(file.parent, f'{file.name} is unreadable, {_first_line(error)}') from error
+        raise damaged(file.parent, f'{file.name} is unreadable, {_first_line(error)}') from error
     if not isinstance(content, dict):
-        raise _damaged(file.parent, f'{file.name} holds no JSON object')
+        raise damaged(file.parent, f'{file.name} holds no JSON object')
     return content
 
 
@@ -360,14 +372,15 @@ def _check_files(path: Path, fingerprints: dict[str, list[int]]) -> None:
         file = path / 'state' / name
         try:
             if file.stat().st_size != size:
-                raise _damaged(path, f'state/{name} has {file.stat().st_size} bytes where {size} were written')
+                raise damaged(path, f'state/{name} has {file.stat().st_size} bytes where {size} were written')
             if _crc32(file) != crc:
-                raise _damaged(path, f'the content of state/{name} has changed')
+                raise damaged(path, f'the content of state/{name} has changed')
         except OSError as error:
-            raise _damaged(path, f'state/{name}: {error.strerror}') from error
+            raise damaged(path, f'state/{name}: {error.strerror}') from error
 
 
-def _damaged(path: Path, problem: str) -> UserError:
+def damaged(path: Path, problem: str) -> UserError:
+    """The error to raise for a checkpoint that is not as it was written."""
     return UserError(
         f'checkpoint {path} is damaged: {problem}. Delete that directory to go on from an earlier checkpoint of the '
         'run, or from the start if there is none.'

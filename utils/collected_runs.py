@@ -21,7 +21,7 @@ import numpy as np
 
 import envs
 from envs import custom
-from utils.errors import UserError
+from utils.errors import UserError, expanded
 from utils.presets import task_with_number
 from utils.run_config import OPERATIONAL_FLAGS
 from utils.run_status import FINISHED, read_json, run_start, run_status
@@ -180,7 +180,7 @@ def collect(directory: str | os.PathLike, finetuning_steps: int | None = None) -
     Raises:
         UserError: no such directory, no run in it, or none that counts.
     """
-    directory = Path(directory).expanduser()
+    directory = expanded(directory)
     if not directory.is_dir():
         raise UserError(f'{directory} is not a directory: expected the --save_dir of some runs')
     found = sorted(find_runs(directory))

@@ -11,6 +11,7 @@ Where a run starts is settled in one place, `start`, in this order:
 """
 
 import contextlib
+import math
 import signal
 import time
 from pathlib import Path
@@ -93,7 +94,7 @@ class Experiment:
         meta = None
         if own is not None:
             origin, path = 'this run’s own checkpoint', self.directory / 'checkpoints' / str(own)
-            meta = checkpoints.load_meta(path)
+            meta = resume.read_meta(path, own=True)
             resume.check_length(meta, config, self.directory)
             resume.check_same_run(self.directory, config)
         elif (self.directory / 'summary.json').exists():
@@ -103,7 +104,7 @@ class Experiment:
             )
         elif config.restore_path is not None:
             origin, path = '--restore_path', checkpoints.resolve(Path(config.restore_path), phase='pretraining')
-            meta = checkpoints.load_meta(path)
+            meta = resume.read_meta(path)
             if meta['phase'] != 'pretraining':
                 raise UserError(f'{path} is a checkpoint of fine-tuning: --restore_path takes one of pre-training')
         elif first_phase == 'finetuning':
@@ -118,7 +119,11 @@ class Experiment:
             self.phase, self.phase_step, self.offset = meta['phase'], meta['phase_step'], meta['offset']
             self._last_checkpoint = path
         if own is not None:
-            self._partial, self._wall_before = meta['partial_metrics'], meta['wall_seconds']
+            self._partial = [
+                {name: [float(mean) for mean in means] for name, means in chunk.items()}
+                for chunk in meta['partial_metrics']
+            ]
+            self._wall_before = meta['wall_seconds']
             self._evaluation_due = meta['evaluation_due']
         self.finished_pretraining = self.phase == 'finetuning' or first_phase == 'finetuning'
 
@@ -177,6 +182,13 @@ class Experiment:
             datasets.Dataset.create(raw['val'], normalizers['val'], **options),
         ]
         logging.info('%s data: %d transitions, validation %d', phase, *(dataset.num_transitions for dataset in sets))
+        if config.agent.get('absorbing_ends') and np.any(labels := sets[0].end_labels):
+            logging.warning(
+                'the task ends with labels other than 0, of %g on average: the state that it ends in counts for ever, '
+                'and so does its label, times 1/(1-discount) in Q (--agent.absorbing_ends=False: futures go on past '
+                'the end, as published)',
+                labels.mean(),
+            )
         return (phase, *sets)
 
     def _fit_normalizer(self, phase, training_rows):
@@ -233,7 +245,6 @@ class Experiment:
         ranges = devices.place(diagnostics.observed_ranges(self._data[1]), self.mesh)
         source = self._make_source(phase, keys)
         keys = devices.place(keys, self.mesh, 'seed')
-        self._chunk_size = source.n
         n = chunk = None  # Updates of the next chunk, and the program for as many.
         validation = devices.place(self._data[2], self.mesh)
         validation_keys = devices.place(training.stream_keys(self.seeds, 'validation'), self.mesh, 'seed')
@@ -242,7 +253,7 @@ class Experiment:
             phase, total, 'updates', initial=self.phase_step, unit_scale=False, disable=not processes.is_first()
         )
         in_flight = None  # (end step, device metrics, validation metrics or None) of the chunk that is running.
-        self._interval_began, self._paused, self._untimed = time.perf_counter(), 0.0, len(self._partial)
+        self._start_timing(self.phase_step)
         profile = Profile(self.directory / 'profile' / phase, config.profile if processes.is_first() else 0)
         with bar, contextlib.closing(source), contextlib.closing(profile):
             while self.phase_step < total:
@@ -259,10 +270,8 @@ class Experiment:
                     validate = training.compile_validation(
                         self.agents, validation, ranges, validation_keys, phase=phase
                     )
-                    if config.log_interval > n:  # The speed is that of the chunks from the second on.
-                        jax.block_until_ready(metrics)
-                        self._interval_began, self._paused = time.perf_counter(), 0.0
-                        self._untimed += 1
+                    jax.block_until_ready(metrics)
+                    self._start_timing(self.phase_step)  # The speed is that of the chunks from the second on.
                 if in_flight is not None:
                     self._collect(*in_flight, bar)
                 ends = self.phase_step >= total
@@ -283,11 +292,12 @@ class Experiment:
                     due = phase == 'finetuning' and (evaluates or ends) and not self._evaluate(overlap=not ends)
                     if not due:
                         self._finish_evaluation()  # Of an earlier step, which is not what a checkpoint would hold.
-                    if saves or self._stop_signal:
+                    stops = self._stop_signal is not None  # Read once: one that comes later stops the next chunk.
+                    if saves or stops:
                         self._save(keep=keeps, evaluation_due=due)
                     self._paused += time.perf_counter() - paused
                     processes.wait_for_all()
-                    if self._stop_signal:
+                    if stops:
                         self._stop()
 
     def _make_source(self, phase, keys):
@@ -312,18 +322,22 @@ class Experiment:
         if validated is None:
             return
         validated = jax.device_get(validated)
-        now = time.perf_counter()
-        timed = max(len(self._partial) - self._untimed, 1)
-        updates_per_second = timed * self._chunk_size / max(now - self._interval_began - self._paused, 1e-9)
-        self._interval_began, self._paused, self._untimed = now, 0.0, 0
+        seconds = time.perf_counter() - self._timed_since - self._paused
+        timed = end_step - self._timed_from
+        updates_per_second = timed / max(seconds, 1e-9) if timed else math.nan  # NaN is null in the log.
+        self._start_timing(end_step)
         lines = interval_lines(self._partial, validated, updates_per_second, len(self.seeds))
         self.lines.write(self.offset + end_step, self.phase, lines, self._wall_seconds)
         self._partial = []
         bar.set_postfix(
-            {'updates/s': f'{updates_per_second:.0f}'}
+            ({'updates/s': f'{updates_per_second:.0f}'} if timed else {})
             | ({} if self._last_return is None else {'return': self._last_return}),
             refresh=False,
         )
+
+    def _start_timing(self, step):
+        """The next line's speed is that of the updates after `step`, without what adds to `_paused` meanwhile."""
+        self._timed_from, self._timed_since, self._paused = step, time.perf_counter(), 0.0
 
     @property
     def _wall_seconds(self):
@@ -416,7 +430,11 @@ class Experiment:
             'start': self._start_info,
             'evaluation_due': evaluation_due,
             'metrics_lines': self.log.lines,
-            'partial_metrics': self._partial,
+            # JSON knows no NaN and no infinity: these as words, which `float` reads.
+            'partial_metrics': [
+                {name: [mean if math.isfinite(mean) else str(mean) for mean in means] for name, means in chunk.items()}
+                for chunk in self._partial
+            ],
             'wall_seconds': self._wall_seconds,
         }
         self.writer.save(step, devices.gather(self.agents), meta, keep=keep)

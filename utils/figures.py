@@ -19,7 +19,7 @@ from absl import flags
 
 from utils import cli, plots, statistics
 from utils.collected_runs import AGENT_TITLES, SUITE_SCORES, Curve, method_title, suite_of, task_position
-from utils.errors import UserError
+from utils.errors import UserError, expanded
 from utils.results import load_curves
 from utils.runs import require_writable
 from utils.tables import published, reporting_order, scores_by_task
@@ -297,10 +297,10 @@ def main(argv):
     unknown = set(FLAGS.formats) - set(FORMATS)
     if unknown or not FLAGS.formats:
         raise UserError(f'--formats={",".join(FLAGS.formats)}: expected some of {", ".join(FORMATS)}')
-    source = Path(argv[1]).expanduser()
+    source = expanded(argv[1])
     curves = load_curves(source)
     beside = source.parent if source.is_file() else source / 'results'
-    output = require_writable(Path(FLAGS.output).expanduser() if FLAGS.output else beside)
+    output = require_writable(expanded(FLAGS.output) if FLAGS.output else beside)
     for file in draw_all(curves, output, FLAGS.formats):
         print(file)
 

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 import agents
 import envs
 from utils import presets
-from utils.errors import UserError
+from utils.errors import UserError, expanded
 from utils.intervals import fit_intervals, largest_divisor
 from utils.run_config import DEFAULT, RunConfig, block_size, check_agent, check_encoder, check_flags, flag_fields
 
@@ -203,7 +203,7 @@ def resolve_settings(flag_values: flags.FlagValues = flags.FLAGS, phases: Sequen
     for name, value in (('run_group', values['preset']), ('run_name', run_name)):
         if values[name] is None:
             values[name], sources[name] = value, 'derived'
-    values['dataset_dir'] = str(Path(values['dataset_dir']).expanduser())
+    values['dataset_dir'] = str(expanded(values['dataset_dir']))
     return RunConfig(agent=FrozenConfigDict(agent), agent_name=agent_name, sources=sources, **values)
 
 
@@ -272,7 +272,7 @@ def _use_compilation_cache(distributed: bool) -> None:
     if jax.config.jax_compilation_cache_dir is None:
         if distributed:
             return
-        cache = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser() / 'infom' / 'xla' / _processor()
+        cache = expanded(os.environ.get('XDG_CACHE_HOME') or '~/.cache') / 'infom' / 'xla' / _processor()
         try:
             cache.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -16,7 +16,7 @@ from absl import flags
 
 import envs
 from utils import checkpoints, cli, runs
-from utils.errors import UserError
+from utils.errors import UserError, expanded
 from utils.report import Report
 
 FLAGS = flags.FLAGS
@@ -127,7 +127,7 @@ class Look:
 
 def open_run(directory, seed=None, dataset_dir=None, num_states=3) -> Look:
     """Everything about a run but its arrays. Raises UserError where it is no run directory, or has no such seed."""
-    directory = Path(directory).expanduser()
+    directory = expanded(directory)
     try:
         config = json.loads((directory / 'config.json').read_text())
         first, count, recorded = config['seed'], config['num_seeds'], config['data']

@@ -25,7 +25,7 @@ from absl import flags
 
 from utils import cli, tables
 from utils.collected_runs import SUITE_SCORES, Collection, Curve, collect, suite_of
-from utils.errors import UserError
+from utils.errors import UserError, expanded
 from utils.runs import RESERVED_KEYS, atomic_path, read_metrics, require_writable, write_csv
 
 FLAGS = flags.FLAGS
@@ -160,9 +160,9 @@ def report(collection: Collection, form: str) -> str:
 
 
 def main(argv):
-    directory = Path(argv[1]).expanduser()
+    directory = expanded(argv[1])
     collection = collect(directory, FLAGS.finetuning_steps)
-    output = Path(FLAGS.output).expanduser() if FLAGS.output else directory / 'results'
+    output = expanded(FLAGS.output) if FLAGS.output else directory / 'results'
     require_writable(output)
     lines = write_results(collection, output / 'results.csv', FLAGS.metrics)
     write_scores(collection, output / 'scores.csv')

@@ -10,7 +10,6 @@ from utils.run_config import OPERATIONAL_FLAGS
 
 # Agent settings that shape the parameters, or that pre-training has already baked into them.
 PRETRAINED_SETTINGS = (
-    'agent_name',
     'encoder',
     'latent_dim',
     'discount',
@@ -33,14 +32,40 @@ PRETRAINED_SETTINGS = (
     'repr_layer_norm',
 )
 # Run settings that may change between two starts of one run: besides how it is done, how long, and where own data lie,
-# of which the content is compared.
-FREE_SETTINGS = OPERATIONAL_FLAGS | {'finetuning_steps', 'dataset', 'preset', 'sources', 'agent'}
+# of which the content is compared. The agent has a check of its own.
+FREE_SETTINGS = OPERATIONAL_FLAGS | {'finetuning_steps', 'dataset', 'preset', 'sources', 'agent', 'agent_name'}
 UNKNOWN = '(unknown)'  # What a run says of a setting that the code did not have when it began.
+
+
+# What a checkpoint says of the pre-training in it, and what a run reads of its own checkpoint besides: names and types.
+_OF_PRETRAINING = {
+    'phase_step': int, 'offset': int, 'domain': str, 'agent_name': str, 'agent_config': dict, 'normalizer': dict,
+    'data': dict, 'seed': int, 'num_seeds': int,
+}  # fmt: skip
+_OF_OWN_RUN = {'evaluation_due': bool, 'metrics_lines': int, 'partial_metrics': list, 'wall_seconds': (int, float)}
 
 
 def _plain(value):
     """Through JSON and back, so that tuples and lists compare equal."""
     return json.loads(json.dumps(value))
+
+
+def read_meta(path, own=False):
+    """The metadata of the checkpoint `path`, with all that a start reads of them; own: it is of the run that starts.
+
+    Raises UserError where they cannot be read, or are not what a run writes.
+    """
+    meta = checkpoints.load_meta(path)
+    checkpoints.require_types(path, meta, _OF_PRETRAINING | (_OF_OWN_RUN if own else {}))
+    if meta['phase'] not in ('pretraining', 'finetuning'):
+        raise checkpoints.damaged(path, f'its metadata have phase={meta["phase"]!r}')
+    if not meta['normalizer'].keys() >= {'kind', 'shift', 'scale'}:
+        raise checkpoints.damaged(path, 'its metadata have an incomplete normalizer')
+    if not all(isinstance(data, dict) and 'fingerprint' in data for data in meta['data'].values()):
+        raise checkpoints.damaged(path, 'its metadata have data without a fingerprint')
+    if own and not all(isinstance(chunk, dict) for chunk in meta['partial_metrics']):
+        raise checkpoints.damaged(path, 'its metadata have something else in partial_metrics')
+    return meta
 
 
 def check_compatible(meta, task, config, path):
@@ -57,6 +82,11 @@ def check_compatible(meta, task, config, path):
             f'use --num_seeds={meta["num_seeds"]}'
         )
     saved, wanted = meta['agent_config'], _plain(config.agent.to_dict())
+    if meta['agent_name'] != config.agent_name:
+        raise UserError(
+            f'{path} was trained with {_agent_flag(meta["agent_name"])}, now it is {config.agent_name}: '
+            'use the agent of that run'
+        )
     for name in PRETRAINED_SETTINGS:
         if name in saved and name in wanted and saved[name] != wanted[name]:
             raise UserError(
@@ -78,18 +108,16 @@ def check_compatible(meta, task, config, path):
 def check_same_run(directory, config):
     """Raises UserError where the run directory's `config.json` differs from `config` in a setting that changes what is
     learned."""
-    path = directory / 'config.json'
-    try:
-        saved = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    saved, now = _read_config(directory), config.to_dict()
+    if saved.get('agent_name', UNKNOWN) not in (config.agent_name, UNKNOWN):
         raise UserError(
-            f'{path} cannot be read ({error}): the run cannot be resumed; use another --run_name'
-        ) from error
-    now = config.to_dict()
+            f'{directory} holds a run with {_agent_flag(saved["agent_name"])}, now it is {config.agent_name}: '
+            'use another --run_name, or the same agent'
+        )
     if not saved.get('finetuning_steps'):  # Without fine-tuning a run had no use for the length of its schedule.
         now['agent'].pop('schedule_steps', None)
     pairs = [(f'--{k}', saved.get(k, UNKNOWN), v) for k, v in now.items() if k not in FREE_SETTINGS]
-    pairs += [(f'--agent.{k}', saved.get('agent', {}).get(k, UNKNOWN), v) for k, v in now['agent'].items()]
+    pairs += [(f'--agent.{k}', saved['agent'].get(k, UNKNOWN), v) for k, v in now['agent'].items()]
     for name, before, after in pairs:
         if before == UNKNOWN and after is not None:
             raise UserError(
@@ -101,6 +129,25 @@ def check_same_run(directory, config):
                 f'{directory} holds a run with {name}={before}, now it is {after}: '
                 f'use another --run_name, or the same settings'
             )
+
+
+def _read_config(directory):
+    """What `config.json` holds. Raises UserError: missing, or not what a run writes."""
+    path = directory / 'config.json'
+    try:
+        saved = json.loads(path.read_text())
+        if not (isinstance(saved, dict) and isinstance(saved.get('agent'), dict)):
+            raise ValueError('expected the settings of a run')
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f'{path} cannot be read ({error}): the run cannot be resumed; use another --run_name'
+        ) from error
+    return saved
+
+
+def _agent_flag(name):
+    """How a command asks for the agent."""
+    return f'--agent=agents/{name}.py'
 
 
 def check_length(meta, config, directory):
@@ -138,13 +185,15 @@ def check_start(meta, config, directory):
     and where there is none any more, the run has no need of it.
     """
     # Checkpoints did not always hold it.
-    started = meta.get('start') or json.loads((directory / 'config.json').read_text())['start']
+    started = meta.get('start') or _read_config(directory).get('start')
+    if not (isinstance(started, dict) and started.keys() >= {'origin', 'checkpoint'}):
+        raise UserError(f'{directory / "config.json"} does not say how the run started: use another --run_name')
     known = started['origin'] == 'scratch' or 'pretraining' in started
     if config.restore_path is None or not known:
         return started
     try:
         path = checkpoints.resolve(Path(config.restore_path), phase='pretraining')
-        now = start_info(path, checkpoints.load_meta(path), config.pretraining_steps)
+        now = start_info(path, read_meta(path), config.pretraining_steps)
     except UserError:
         return started
     folder = directory / 'checkpoints' if started['checkpoint'] is None else Path(started['checkpoint']).parent

@@ -14,7 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from utils import presets
-from utils.errors import UserError
+from utils.errors import UserError, expanded
 
 DEFAULT = 'default'
 # Flags that decide where and how a run is done, or what is shown of it, never what is learned: such runs are the same.
@@ -112,7 +112,7 @@ class RunConfig:
 
     @property
     def run_dir(self) -> Path:
-        return Path(self.save_dir).expanduser() / self.run_group / self.run_name
+        return expanded(self.save_dir) / self.run_group / self.run_name
 
     @property
     def block(self) -> int:

@@ -22,7 +22,7 @@ from typing import IO, Any, Self
 
 import numpy as np
 
-from utils.errors import UserError
+from utils.errors import UserError, expanded
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def make_run_directory(save_dir: str | os.PathLike, run_group: str, run_name: st
     for flag, name in (('run_group', run_group), ('run_name', run_name)):
         if name in ('', '.', '..') or any(separator in name for separator in ('/', '\\', '\0')):
             raise UserError(f'--{flag}={name!r} cannot name a directory: expected a name without slashes.')
-    run_directory = Path(save_dir).expanduser() / run_group / run_name
+    run_directory = expanded(save_dir) / run_group / run_name
     require_writable(run_directory)
     for name in ('checkpoints', 'videos', 'figures'):
         require_writable(run_directory / name)
