@@ -449,6 +449,6 @@ def get_config():
             actor_freq=4,  # Fine-tuning steps per actor update.
             const_std=True,  # Policy standard deviation fixed at 1; else a learned vector.
             encoder=ml_collections.config_dict.placeholder(str),  # Image encoder (utils/encoders.py); None: states.
-            **stabilizers.SETTINGS,
+            **stabilizers.settings(),
         )
     )

@@ -15,17 +15,20 @@ from agents import common
 from utils.errors import UserError
 from utils.values import value_range
 
-# The settings that InFOM gains by this file.
-SETTINGS = dict(
-    stabilizer='',  # Names of `STABILIZERS`, joined by '+'.
-    critic_layer_norm=config_dict.placeholder(bool),  # The critic's own; None: value_layer_norm.
-    actor_weight_decay=0.0,  # Decoupled weight decay (AdamW) of the actor,
-    critic_weight_decay=0.0,  # of the critic,
-    vector_field_weight_decay=0.0,  # and of the vector field.
-)
-
 REWARD_RANGE = 'reward_range'  # Beside the Adam states: (lowest, highest) label of the batches so far.
 STATE = (REWARD_RANGE,)
+
+
+def settings():
+    """The settings that InFOM gains by this file; made anew each time, as configs that shared a placeholder would share
+    its value."""
+    return dict(
+        stabilizer='',  # Names of `STABILIZERS`, joined by '+'.
+        critic_layer_norm=config_dict.placeholder(bool),  # The critic's own; None: value_layer_norm.
+        actor_weight_decay=0.0,  # Decoupled weight decay (AdamW) of the actor,
+        critic_weight_decay=0.0,  # of the critic,
+        vector_field_weight_decay=0.0,  # and of the vector field.
+    )
 
 
 class AnnealExpectile:

@@ -96,10 +96,11 @@ def test_a_frame_is_in_memory_once():
 def test_a_checkpoint_of_other_stacks_is_refused():
     task = envs.task_spec(VISUAL)
     meta = {
-        'domain': task.domain, 'num_seeds': 1, 'agent_config': {}, 'frame_stack': 3, 'normalizer': {'kind': 'none'},
+        'domain': task.domain, 'num_seeds': 1, 'agent_name': 'infom', 'agent_config': {}, 'frame_stack': 3,
+        'normalizer': {'kind': 'none'},
     }  # fmt: skip
     agent = tiny_agents.make_config('infom', images=True)
-    config = types.SimpleNamespace(num_seeds=1, agent=agent, frame_stack=3, obs_norm_type='none')
+    config = types.SimpleNamespace(num_seeds=1, agent_name='infom', agent=agent, frame_stack=3, obs_norm_type='none')
     resume.check_compatible(meta, task, config, 'run')
     config.frame_stack = 1
     with pytest.raises(UserError, match='frame_stack=3, now it is 1'):

@@ -157,7 +157,7 @@ def test_the_representation_has_the_sizes_and_rates_of_its_agent(name):
     batch = tiny_agents.make_batch()
     agent = tiny_agents.make_agent('infom', batch, intention_encoder=name, value_layer_norm=False, **settings)
     own = agent.representation.config
-    assert {key: own[key] for key in settings} == settings and own.value_layer_norm is False
+    assert {key: own[key] for key in settings} == settings and own.value_layer_norm, "its critics' LayerNorm is its own"
     assert own.get('repr_hidden_dims', agent.config.value_hidden_dims) == agent.config.value_hidden_dims
     # Of InFOM's actor and the representation's the first layers are alike in shape, and not in what was drawn.
     ours, theirs = (owner.params['actor'] for owner in (agent, agent.representation))

@@ -212,6 +212,15 @@ def test_layer_norm_of_the_critic_alone():
         assert bool(norms(agent, 'critic')) == (field if critic is None else critic)
 
 
+def test_no_config_knows_of_another_ones_settings():
+    """A placeholder is a reference, and configs that shared one would share what is set."""
+    tiny_agents.make_config('infom', critic_layer_norm=False, actor_lr=1.0, num_critic_latents=3, schedule_steps=5)
+    later = tiny_agents.make_config('infom')
+    assert [later[key] for key in ('critic_layer_norm', 'actor_lr', 'num_critic_latents', 'schedule_steps')] == [
+        None
+    ] * 4
+
+
 def test_one_adam_decays_only_what_learns():
     """The learned reward has no gradient in pre-training: it must not shrink there, whichever modules step."""
     agent, batch = make_case(joint_adam=True, reward_weight_decay=1.0)
