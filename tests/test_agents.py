@@ -231,11 +231,11 @@ def test_the_actor_and_its_momentum_rest_between_its_updates(name):
     assert equal(agent.opt_states['actor'], later.opt_states['actor'])
 
 
+@pytest.mark.parametrize('name', ['infom', 'rebrac', 'dino_rebrac', 'mbpo_rebrac'])
 def test_no_target_asks_for_an_action_after_the_end(name):
     """Agents that take `task_ends` get a placeholder for a next action where the task ended."""
     agent, batch = state_case(name)
-    if 'task_ends' not in agent.needs:
-        return
+    assert 'task_ends' in agent.needs
     batch = {**batch, 'masks': batch['masks'].at[2].set(0.0)}
     replaced = {row: {**batch, 'next_actions': batch['next_actions'].at[row].add(-0.5)} for row in (2, 3)}
 

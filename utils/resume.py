@@ -7,6 +7,7 @@ from pathlib import Path
 from utils import checkpoints, runs
 from utils.errors import UserError
 from utils.run_config import OPERATIONAL_FLAGS
+from utils.run_status import read_json
 
 # Agent settings that shape the parameters, or that pre-training has already baked into them.
 PRETRAINED_SETTINGS = (
@@ -135,10 +136,10 @@ def _read_config(directory):
     """What `config.json` holds. Raises UserError: missing, or not what a run writes."""
     path = directory / 'config.json'
     try:
-        saved = json.loads(path.read_text())
-        if not (isinstance(saved, dict) and isinstance(saved.get('agent'), dict)):
-            raise ValueError('expected the settings of a run')
-    except (OSError, ValueError) as error:
+        saved = read_json(path)
+        if not isinstance(saved.get('agent'), dict):
+            raise UserError('expected the settings of a run')
+    except UserError as error:
         raise UserError(
             f'{path} cannot be read ({error}): the run cannot be resumed; use another --run_name'
         ) from error
