@@ -20,7 +20,7 @@ NAMES = ('crl_infonce', 'td_infonce')
 @functools.cache
 def make_case(name, **overrides):
     batch = tiny_agents.make_batch()
-    return tiny_agents.make_agent(name, batch, **overrides), batch
+    return tiny_agents.bold(tiny_agents.make_agent(name, batch, **overrides)), batch
 
 
 def crl_losses(agent, batch):

@@ -23,7 +23,7 @@ KEY = jax.random.key(7)
 def make_case(**overrides):
     batch = tiny_agents.make_batch()
     batch['masks'] = batch['masks'].at[:3].set(0.0)
-    return tiny_agents.make_agent('fb_iql', batch, **overrides), batch
+    return tiny_agents.bold(tiny_agents.make_agent('fb_iql', batch, **overrides)), batch
 
 
 def draws(agent):

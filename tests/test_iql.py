@@ -29,10 +29,10 @@ VARIANTS = {
 
 @functools.cache
 def make_case(name):
-    """(agent, batch): some transitions end their episode."""
+    """(agent, batch): some transitions end their episode, and some of the policy's modes are beyond ±1."""
     batch = tiny_agents.make_batch()
     batch['masks'] = batch['masks'].at[::3].set(0.0)
-    return tiny_agents.make_agent('iql', batch, **VARIANTS[name]), batch
+    return tiny_agents.bold(tiny_agents.make_agent('iql', batch, **VARIANTS[name])), batch
 
 
 def values(params, config, s):

@@ -60,6 +60,13 @@ def make_agent(name, batch, images=False, seed=0, **overrides):
     return tiny.off_initial(agent)
 
 
+def bold(agent):
+    """The agent with an actor whose modes are in part beyond [−1, 1], where losses clip them."""
+    actor = {**agent.params['actor'], 'mean': jax.tree.map(lambda x: 8 * x, agent.params['actor']['mean'])}
+    acting = {'acting_actor': jax.tree.map(jnp.copy, actor)}
+    return agent.replace(params=agent.params | {'actor': actor}, opt_states=agent.opt_states | acting)
+
+
 def with_config(agent, **overrides):
     """The same agent under another configuration; only values that change no parameter."""
     return agent.replace(config=ml_collections.FrozenConfigDict({**agent.config.to_dict(), **overrides}))
