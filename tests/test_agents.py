@@ -16,7 +16,9 @@ import pytest
 
 import agents
 from agents import common
+from tests import infom_reference as reference
 from tests import tiny, tiny_agents
+from tests.baseline_reference import heads
 from utils import checkpoints, datasets, diagnostics, training
 from utils.errors import UserError
 
@@ -499,3 +501,26 @@ def test_act(name):
     assert jnp.abs(noisy - mode).max() > 0.1
     assert not equal(noisy, act(agent, batch['observations'], jax.random.key(9), 1.0))
     assert jnp.abs(act(agent, 100 * batch['observations'], KEY, 100.0)).max() <= 1
+
+
+def test_actions_and_values_are_those_of_the_online_networks(name):
+    """In float64: the mode of the actor that acts, and min_k Q_k of the trained critics, at the task's latent where
+    there is one. Targets, which differ from both, have no say."""
+    agent, batch = state_case(name)
+    acting = tiny.perturb(agent.params['actor'], seed=6, scale=0.5)
+    agent = agent.replace(opt_states=agent.opt_states | {'acting_actor': acting})
+    config, params = agent.config, reference.float64(agent.params)
+    s, a = np.float64(batch['observations']), np.float64(batch['actions'])
+    if 'encoder' in params:
+        s = reference.mlp(params['encoder'], s, len(config.encoder_hidden_dims), norm=True)
+    latents = [np.tile(np.float64(agent.task_latent), (len(s), 1))] if hasattr(agent, 'task_latent') else []
+
+    means, _ = reference.actor(reference.float64(acting), config, np.concatenate([s, *latents], axis=-1))
+    modes = np.tanh(means) if config.get('tanh_squash') else np.clip(means, -1, 1)
+    assert np.abs(means).max() > 1
+    np.testing.assert_allclose(act(agent, batch['observations'], KEY, 0.0), modes, rtol=1e-4, atol=1e-5)
+    if hasattr(agent, 'q_values'):
+        qs = heads(params['critic'], [s, a, *latents], config.value_hidden_dims)[..., 0]
+        np.testing.assert_allclose(
+            agent.q_values(batch['observations'], batch['actions']), qs.min(axis=0), rtol=1e-4, atol=1e-5
+        )
