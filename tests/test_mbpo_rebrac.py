@@ -247,9 +247,12 @@ def test_imagined_data_change_the_update():
     assert abs(metrics['critic_loss'] - loss(unused)) > 1e-3
 
 
-def test_the_default_buffer_holds_a_hundred_batches():
+@pytest.mark.parametrize('num_model_rollouts', [None, 300, 20_000])
+def test_the_buffer_holds_a_hundred_batches_and_whole_writes(num_model_rollouts):
+    """By default, where writes do not divide a hundred batches, and where one write is more than they are."""
     module = agents.load('mbpo_rebrac')
     config = module.get_config()
+    config.num_model_rollouts = num_model_rollouts or config.num_model_rollouts
     agent = jax.eval_shape(lambda: module.AGENT.create(KEY, tiny_agents.make_batch(), config))
     rows = agent.buffer['rewards'].shape[0]
     assert rows >= 100 * config.batch_size
