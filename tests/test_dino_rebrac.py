@@ -119,7 +119,7 @@ def test_the_centre_follows_the_teacher_in_pretraining_alone():
 
 
 def test_views_of_images_are_independent_crops():
-    batch = tiny_agents.make_batch(images=True)
+    batch = tiny_agents.make_batch(images=True, size=24)
     agent = tiny_agents.make_agent('dino_rebrac', batch, images=True)
     images = np.asarray(batch['observations'])
     pad, size = datasets.CROP_PADDING, images.shape[1]
@@ -133,6 +133,8 @@ def test_views_of_images_are_independent_crops():
             assert len(found) == 1, 'every view is one crop of its own image'
             offsets += found
     assert len(set(offsets)) > len(images), 'rows and views are cropped independently'
+    for along in np.transpose(offsets):
+        assert set(along) == set(range(2 * pad + 1)), 'every offset, up to the very edges'
 
 
 @pytest.mark.parametrize(('images', 'encoder'), [(True, 'mlp'), (False, 'impala_debug')])
