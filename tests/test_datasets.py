@@ -170,6 +170,13 @@ def test_cropping_shifts_by_its_offset_and_replicates_edges():
         np.testing.assert_array_equal(cropped, padded[offset[0] : offset[0] + 8, offset[1] : offset[1] + 8])
 
 
+def test_crops_have_every_offset_alike_often():
+    pixels = np.asarray(datasets.sample(gradient_images([6, 6], p_aug=1.0), jax.random.key(2), 2000)['observations'])
+    row, column = np.divmod(pixels[:, 4, 4, 0], 8)  # What came to a place that no offset reaches from beyond an edge.
+    for place in (row, column):
+        np.testing.assert_allclose(np.bincount(place, minlength=8) / 2000, [0, *[1 / 7] * 7], atol=0.03)
+
+
 @pytest.mark.parametrize('p_aug', [0.0, 0.3])
 def test_augmentation_has_its_probability_per_batch(p_aug):
     dataset = gradient_images([6, 6], p_aug=p_aug)
