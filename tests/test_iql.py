@@ -62,10 +62,11 @@ def make_reference(agent, batch):
         y = batch['rewards'] + config.discount * batch['masks'] * values(frozen['value'], config, next_s)
         critic_loss = ((reference.critics(params['critic'], config, s, a) - y) ** 2).sum(0).mean()
         cloning = reference.cloning_loss(params, config, batch)
+        modes = np.clip(reference.actor(params['actor'], config, s)[0], -1, 1)
         both = {'value_loss': value_loss, 'critic_loss': critic_loss}
         actor = actor_loss(params)
         return {
-            'pretraining': {'loss': cloning, 'bc_loss': cloning},
+            'pretraining': {'loss': cloning, 'bc_loss': cloning, 'actor_mse': ((modes - a) ** 2).mean()},
             'finetuning': {'loss': value_loss + critic_loss, **both},
             'finetuning_with_actor': {'loss': value_loss + critic_loss + actor, 'actor_loss': actor, **both},
         }
