@@ -91,6 +91,12 @@ def test_a_batch_holds_the_goals_that_were_asked_for():
         np.testing.assert_array_equal(plain[name], batch[name])
 
 
+def test_two_goals_of_one_source_are_drawn_apart():
+    needs = frozenset({Goals('goal', marginal=1.0), Goals('actor_goal', marginal=1.0)})
+    batch = datasets.sample(make_dataset(numbered([3, 3])), jax.random.key(0), 64, needs)
+    assert np.mean(rows_of(batch['goals']) == rows_of(batch['actor_goals'])) < 0.4, 'by chance a sixth'
+
+
 def test_equal_observations_are_not_equal_rows():
     """A goal that looks like the row's state, but is another row, is not reached."""
     raw = numbered([6])
