@@ -170,6 +170,18 @@ def test_cropping_shifts_by_its_offset_and_replicates_edges():
         np.testing.assert_array_equal(cropped, padded[offset[0] : offset[0] + 8, offset[1] : offset[1] + 8])
 
 
+def test_rows_goals_and_crops_have_keys_of_their_own(monkeypatch):
+    keys = []
+
+    def recorded(draw):
+        return lambda *arguments: keys.append(tuple(jax.random.key_data(arguments[1]).tolist())) or draw(*arguments)
+
+    for name in ('sample_rows', 'sample_goals', 'augment'):
+        monkeypatch.setattr(datasets, name, recorded(getattr(datasets, name)))
+    datasets.sample(gradient_images([6, 6], p_aug=1.0), jax.random.key(2), 4)
+    assert len(keys) == len(set(keys)) == 3
+
+
 def test_crops_have_every_offset_alike_often():
     pixels = np.asarray(datasets.sample(gradient_images([6, 6], p_aug=1.0), jax.random.key(2), 2000)['observations'])
     row, column = np.divmod(pixels[:, 4, 4, 0], 8)  # What came to a place that no offset reaches from beyond an edge.
@@ -188,6 +200,7 @@ def test_augmentation_has_its_probability_per_batch(p_aug):
 
 def test_the_example_batch_has_the_range_of_all_rows():
     raw = tiny.random_walks()
+    raw['observations'][-1] = 7 * (-1.0) ** np.arange(tiny.STATE_DIM)  # A final state, which no transition leaves.
     example = datasets.example_batch(tiny.make_dataset(raw))
     np.testing.assert_array_equal(example['observation_min'], raw['observations'].min(axis=0))
     np.testing.assert_array_equal(example['observation_max'], raw['observations'].max(axis=0))
