@@ -25,6 +25,9 @@ from envs import (
     exploration,
     rnd,
 )
+from tests import tiny
+from tests.baseline_reference import heads
+from tests.infom_reference import float64
 from tests.tiny_exorl import jobs_in_this_process  # noqa: F401 (a fixture)
 from utils.errors import UserError
 
@@ -287,6 +290,54 @@ def test_only_the_predictor_learns_the_random_network(trained):
         assert max(jax.tree.leaves(changes)) > 1e-3
     actions = rnd.act(explorer, jnp.zeros((5, 17)), jax.random.key(0), action_size=6)
     assert actions.shape == (5, 6) and float(jnp.abs(actions).max()) <= 1
+
+
+def test_one_update_is_ddpg_on_the_bonus():
+    """Values, gradients (Adam's first moment after one step is 0.1 times them) and the target against float64 NumPy,
+    from networks off their initial values."""
+    replay, fresh, key = numbered_replay(4, 3), rnd.create(jax.random.key(0), 17, 6), jax.random.key(5)
+    parts = ('params', 'target_critic', 'random_network')
+    explorer = fresh.replace(**{name: tiny.perturb(getattr(fresh, name), i, 0.1) for i, name in enumerate(parts)})
+    explorer = explorer.replace(observation_moments=explorer.observation_moments.add(0.4 * replay.observations[:, 0]))
+    params, target, random = (float64(getattr(explorer, name)) for name in parts)
+    sample_key, *noise_keys = jax.random.split(jax.random.split(key, 1)[0], 3)
+    s, a, next_s = (np.float64(x) for x in rnd._sample(replay, 40, STEPS, sample_key))
+    rows = 0.4 * np.float64(replay.observations[:, 0])
+    s, next_s = (np.clip((x - rows.mean(0)) / (rows.std(0) + 1e-6), -5, 5) for x in (s, next_s))
+    assert (np.abs(next_s) == 5).any(), 'the clip is at work'
+    noises = [np.clip(0.2 * np.float64(jax.random.normal(k, a.shape)), -0.3, 0.3) for k in noise_keys]
+
+    def network(params, *inputs, norm=True):
+        return heads(params['params'] if norm else {'MLP_0': params['params']}, inputs, (64, 64), norm)
+
+    def policy(params, s, noise):
+        return np.clip(np.tanh(network({'params': {'MLP_0': params['params']}}, s)) + noise, -1, 1)
+
+    bonus = ((network(params['predictor'], next_s, norm=False) - network(random, next_s, norm=False)) ** 2).mean(-1)
+    next_q = network(target, next_s, policy(params['actor'], next_s, noises[0]))[..., 0].min(0)
+    y = bonus / (bonus.std() + 1e-6) + 0.99 * next_q
+    embeddings = network(random, next_s, norm=False)
+    losses = {
+        'actor': lambda actor: -network(params['critic'], s, policy(actor, s, noises[1]))[..., 0].min(0).mean(),
+        'critic': lambda critic: ((network(critic, s, a)[..., 0] - y) ** 2).mean(),
+        'predictor': lambda predictor: ((network(predictor, next_s, norm=False) - embeddings) ** 2).mean(),
+    }
+
+    after, metrics = rnd.learn(jax.tree.map(jnp.copy, explorer), replay, 40, key, episode_length=STEPS, updates=1)
+    expected = {
+        'bonus': bonus.mean(),
+        'critic_loss': losses['critic'](params['critic']),
+        'value': network(params['critic'], s, a).mean(),
+    }
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-3, err_msg=name)
+    for name, loss in losses.items():
+        direction = tiny.perturb(jax.tree.map(np.zeros_like, params[name]), seed=3, scale=1.0)
+        up, down = (loss(jax.tree.map(lambda p, d, x=x: p + x * d, params[name], direction)) for x in (1e-5, -1e-5))
+        actual = tiny.dot(after.opt_states[name][0].mu, direction) / 0.1
+        np.testing.assert_allclose(actual, (up - down) / 2e-5, rtol=1e-2, atol=1e-4, err_msg=name)
+    followed = jax.tree.map(lambda new, old: 0.01 * np.float64(new) + 0.99 * old, after.params['critic'], target)
+    jax.tree.map(lambda x, e: np.testing.assert_allclose(x, e, rtol=1e-5, atol=1e-7), after.target_critic, followed)
 
 
 @pytest.mark.slow
