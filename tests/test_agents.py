@@ -504,21 +504,28 @@ def test_act(name):
 
 
 def test_actions_and_values_are_those_of_the_online_networks(name):
-    """In float64: the mode of the actor that acts, and min_k Q_k of the trained critics, at the task's latent where
+    """In float64: the Gaussian of the actor that acts, and min_k Q_k of the trained critics, at the task's latent where
     there is one. Targets, which differ from both, have no say."""
     agent, batch = state_case(name)
-    acting = tiny.perturb(agent.params['actor'], seed=6, scale=0.5)
-    agent = agent.replace(opt_states=agent.opt_states | {'acting_actor': acting})
+    acting = tiny.perturb({**agent.params['actor'], 'log_std': np.zeros(tiny.ACTION_DIM, np.float32)}, 6, 0.5)
+    actor = agent.networks.actor.clone(const_std=False)
+    agent = tiny_agents.with_config(agent, const_std=False).replace(
+        networks=agent.networks._replace(actor=actor), opt_states=agent.opt_states | {'acting_actor': acting}
+    )
     config, params = agent.config, reference.float64(agent.params)
     s, a = np.float64(batch['observations']), np.float64(batch['actions'])
     if 'encoder' in params:
         s = reference.mlp(params['encoder'], s, len(config.encoder_hidden_dims), norm=True)
     latents = [np.tile(np.float64(agent.task_latent), (len(s), 1))] if hasattr(agent, 'task_latent') else []
 
-    means, _ = reference.actor(reference.float64(acting), config, np.concatenate([s, *latents], axis=-1))
-    modes = np.tanh(means) if config.get('tanh_squash') else np.clip(means, -1, 1)
+    means, stds = reference.actor(reference.float64(acting), config, np.concatenate([s, *latents], axis=-1))
     assert np.abs(means).max() > 1
-    np.testing.assert_allclose(act(agent, batch['observations'], KEY, 0.0), modes, rtol=1e-4, atol=1e-5)
+    noise = np.float64(jax.random.normal(KEY, means.shape))
+    for temperature in (0.0, 0.3):
+        actions = means + temperature * stds * noise
+        actions = np.tanh(actions) if config.get('tanh_squash') else np.clip(actions, -1, 1)
+        acted = act(agent, batch['observations'], KEY, temperature)
+        np.testing.assert_allclose(acted, actions, rtol=1e-4, atol=1e-5)
     if hasattr(agent, 'q_values'):
         qs = heads(params['critic'], [s, a, *latents], config.value_hidden_dims)[..., 0]
         np.testing.assert_allclose(
