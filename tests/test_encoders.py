@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests import infom_reference as reference
+from tests import tiny
 from utils.encoders import ImpalaEncoder, ResNetEncoder, make_encoder, same_convolution
 from utils.errors import UserError
 
@@ -78,6 +80,33 @@ def test_impala_sees_pixels_from_0_to_1():
     (kernel,) = [leaf for leaf in jax.tree.leaves(params) if leaf.ndim == 2]
     expected = jax.nn.gelu(images.reshape(2, -1) / 255 @ kernel)
     np.testing.assert_allclose(encoder.apply({'params': params}, images), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_impala_is_what_its_layers_say():
+    """Two stacks of one block, off their initial values, in float64 NumPy."""
+    images = jax.random.randint(KEY, (2, 8, 8, 3), 0, 256).astype(jnp.uint8)
+    encoder = ImpalaEncoder((2, 3), 1, 4)
+    params = tiny.perturb(encoder.init(KEY, images)['params'], seed=1, scale=0.5)
+
+    def convolved(layer, x):
+        padded, size = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), x.shape[1]
+        shifted = (padded[:, i : i + size, j : j + size] @ layer['kernel'][i, j] for i, j in np.ndindex(3, 3))
+        return sum(shifted) + layer['bias']
+
+    def pooled(x):  # Of an even size: the third row of the last window is beyond the edge.
+        padded, size = np.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)), constant_values=-np.inf), x.shape[1]
+        return np.max([padded[:, i : i + size : 2, j : j + size : 2] for i, j in np.ndindex(3, 3)], axis=0)
+
+    def relu(x):
+        return np.maximum(x, 0)
+
+    layers, x = reference.float64(params), np.float64(images) / 255
+    for stack in (layers['ImpalaStack_0'], layers['ImpalaStack_1']):
+        x = pooled(convolved(stack['Conv_0'], x))
+        x = x + convolved(stack['Conv_2'], relu(convolved(stack['Conv_1'], relu(x))))
+    assert (x < 0).any()
+    expected = reference.gelu(reference.dense(layers['MLP_0']['Dense_0'], relu(x).reshape(2, -1)))
+    np.testing.assert_allclose(encoder.apply({'params': params}, images), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_resnet_sees_pixels_from_minus_1_to_1_and_where_they_are():
