@@ -28,7 +28,8 @@ GAINS = np.array([1.0, -2.0], np.float32)  # of the two seeds' policies: action 
 
 
 class Tiny(gymnasium.Env):
-    """The reset draws x in [0, 1); an episode takes 2 + ⌊5x⌋ steps, each gives the reward x + action; success is x > ½.
+    """The reset draws x in [0, 1); an episode takes 2 + ⌊5x⌋ steps, each gives the reward x + action; success is x > ½;
+    beyond ¼ the episode terminates, else it is truncated.
 
     `fault` strikes at the third step of every episode, or on making the environment.
     """
@@ -63,7 +64,7 @@ class Tiny(gymnasium.Env):
         assert self.t <= self.length, 'stepped after the end of the episode'
         reward = float('jax' in sys.modules) if self.fault == 'find jax' else self.x + float(action[0])
         info = {'success': np.float64(self.x > 0.5)} if self.success else {}
-        return np.array([self.x, self.t]), reward, self.t == self.length and self.x > 0.5, self.t == self.length, info
+        return np.array([self.x, self.t]), reward, self.t == self.length and self.x > 0.25, self.t == self.length, info
 
     @property
     def length(self):
