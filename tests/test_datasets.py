@@ -223,6 +223,7 @@ def test_normal_and_bounded_against_numpy():
     normalizer = Normalizer.fit(observations, 'normal')
     np.testing.assert_allclose(normalizer.shift, exact.mean(axis=0), rtol=1e-6)
     np.testing.assert_allclose(normalizer.scale, exact.std(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(Normalizer.fit(observations[:5], 'normal').scale, exact[:5].std(axis=0), rtol=1e-5)
     bounded = Normalizer.fit(observations, 'bounded')(observations)
     np.testing.assert_allclose([bounded.min(axis=0), bounded.max(axis=0)], [[-1] * 3, [1] * 3], atol=1e-5)
 
