@@ -9,7 +9,16 @@ import pytest
 import scipy.stats
 
 from utils import devices, networks
-from utils.networks import MLP, GaussianActor, IntentionEncoder, LayerNorm, ScalarHead, gaussian_log_prob
+from utils.encoders import make_encoder
+from utils.networks import (
+    MLP,
+    ContrastiveCritic,
+    GaussianActor,
+    IntentionEncoder,
+    LayerNorm,
+    ScalarHead,
+    gaussian_log_prob,
+)
 
 KEY = jax.random.key(0)
 
@@ -170,3 +179,10 @@ def test_gaussian_log_prob_sums_over_dimensions():
     x, means, stds = rng.normal(size=(3, 4)), rng.normal(size=(3, 4)), rng.uniform(0.5, 2, (3, 4))
     expected = scipy.stats.norm(means, stds).logpdf(x).sum(-1)
     np.testing.assert_allclose(gaussian_log_prob(means, stds, x), expected, rtol=1e-5)
+
+
+def test_states_and_goals_of_a_contrastive_critic_have_encoders_of_their_own():
+    critic = ContrastiveCritic(4, (8,), encoder=make_encoder('impala_debug'), goal_encoder=make_encoder('impala_debug'))
+    images = jnp.zeros((1, 8, 8, 3), jnp.uint8)
+    params = jax.eval_shape(critic.init, KEY, images, jnp.zeros((1, 2)), images)['params']
+    assert params.keys() == {'encoder', 'goal_encoder', 'state_action_head', 'goal_head'}
