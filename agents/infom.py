@@ -21,6 +21,7 @@ from flax import linen as nn
 from jax import lax
 
 from agents import common, intentions, stabilizers
+from utils import random_keys
 from utils.encoders import make_encoder
 from utils.errors import UserError
 from utils.flows import clipping_bounds, euler_integrate, map_rows
@@ -312,8 +313,7 @@ class InFOMAgent(flax.struct.PyTreeNode):
     def _step(self, modules, loss_fn, batch, key, rates=None):
         agent, metrics = common.update_modules(self, modules, loss_fn, rates)
         # Apart: no gradient passes between the representation and the occupancy model.
-        # The stream is one that no split of `key` in the losses has: their k-th key is fold_in(key, k).
-        representation, more = intentions.update(self.representation, batch, jax.random.fold_in(key, 1000))
+        representation, more = intentions.update(self.representation, batch, random_keys.beside(key))
         return agent.replace(representation=representation), metrics | more
 
     # ------------------------------------------------------------------------------------------------------- creation
@@ -378,7 +378,7 @@ class InFOMAgent(flax.struct.PyTreeNode):
             target_params=common.copy_of({k: params[k] for k in ('vector_field', 'encoder') if k in params}),
             opt_states=common.init_adam(params, config),
             flow_bounds=flow_bounds,
-            representation=intentions.create(jax.random.fold_in(key, 1000), example_batch, config),
+            representation=intentions.create(random_keys.beside(key), example_batch, config),
             networks=networks,
             config=config,
         )

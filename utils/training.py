@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from utils import datasets, devices, diagnostics, processor
+from utils import datasets, devices, diagnostics, processor, random_keys
 
 # Streams of randomness; a seed's key of phase p at step t is fold_in(fold_in(key(seed), p), t), so a resumed run needs
 # only the step.
@@ -248,8 +248,7 @@ def validation_metrics(agents, dataset, ranges, keys, step, *, phase: str):
         loss = agent.pretraining_loss if phase == 'pretraining' else agent.finetuning_loss
         batch = draw(dataset, batch_key, batch_spec(agent))
         grads, metrics = jax.grad(loss, has_aux=True)(agent.params, batch, loss_key)
-        # A stream that the splits of the loss do not reach: their k-th key is fold_in(loss_key, k).
-        signs = diagnostics.diagnose(agent, batch, jax.random.fold_in(loss_key, 1000), ranges)
+        signs = diagnostics.diagnose(agent, batch, random_keys.beside(loss_key), ranges)
         signs |= diagnostics.gradient_norms(grads)
         return {f'validation/{name}': value for name, value in metrics.items()} | {
             f'diagnostics/{name}': value for name, value in signs.items()
