@@ -135,7 +135,7 @@ class DINOReBRACAgent(flax.struct.PyTreeNode):
     def begin_finetuning(self, labelled_batch, key):
         """The switch between the phases: every target is set to a copy of its online network."""
         del labelled_batch, key  # DINO infers nothing from labelled data here.
-        return self.replace(target_params=common.copy_of({name: self.params[name] for name in self.target_params}))
+        return common.reset_targets(self)
 
     def q_values(self, observations, actions):
         """min_k Q_k(s, a) on features: (B,)."""

@@ -112,7 +112,7 @@ class IQLAgent(flax.struct.PyTreeNode):
     def begin_finetuning(self, labelled_batch, key):
         """The switch between the phases: the target critic is set to a copy of the critic."""
         del labelled_batch, key  # IQL infers nothing from labelled data here.
-        return self.replace(target_params=common.copy_of({name: self.params[name] for name in self.target_params}))
+        return common.reset_targets(self)
 
     def q_values(self, observations, actions):
         """min_k Q_k(s, a): (B,)."""

@@ -174,7 +174,7 @@ class MBPOReBRACAgent(flax.struct.PyTreeNode):
     def begin_finetuning(self, labelled_batch, key):
         """The switch between the phases: target critic and target actor are set to copies of their online networks."""
         del labelled_batch, key  # MBPO infers nothing from labelled data here.
-        return self.replace(target_params=common.copy_of({name: self.params[name] for name in self.target_params}))
+        return common.reset_targets(self)
 
     def q_values(self, observations, actions):
         """min_k Q_k(s, a): (B,)."""
