@@ -106,8 +106,7 @@ class IQLAgent(flax.struct.PyTreeNode):
         modules = ['value', 'critic']
         modules += ['actor'] if update_actor else []
         agent, metrics = self._step(modules, lambda params: self.finetuning_loss(params, batch, key, update_actor))
-        target_params = common.target_update(agent.params, self.target_params, self.config.tau)
-        return common.count_update(agent.replace(target_params=target_params)), metrics
+        return common.count_update(agent), metrics
 
     def begin_finetuning(self, labelled_batch, key):
         """The switch between the phases: the target critic is set to a copy of the critic."""
@@ -124,8 +123,7 @@ class IQLAgent(flax.struct.PyTreeNode):
         return jnp.clip(means + temperature * stds * jax.random.normal(key, means.shape), -1, 1)
 
     def _step(self, modules, loss_fn):
-        params, opt_states, metrics = common.adam_step(self, modules, loss_fn)
-        return self.replace(params=params, opt_states=opt_states), metrics
+        return common.update_modules(self, modules, loss_fn)
 
     # ------------------------------------------------------------------------------------------------------- creation
 
