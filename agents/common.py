@@ -24,6 +24,12 @@ def require_at_least(minimum, config, *names: str) -> None:
             raise UserError(f'agent.{name}={config[name]}: expected at least {minimum}')
 
 
+def total(terms):
+    """The sum of terms (loss, metrics), with the metrics of all and the sum as `loss`."""
+    loss = sum(term for term, _ in terms)
+    return loss, {'loss': loss, **{name: value for _, metrics in terms for name, value in metrics.items()}}
+
+
 def expectile_loss(differences, expectile: float):
     """ρ_κ(u) = |κ − 1{u < 0}|·u², elementwise (IQL, arXiv 2110.06169, eq. 4)."""
     weights = jnp.where(differences < 0, 1.0 - expectile, expectile)

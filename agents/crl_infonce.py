@@ -109,10 +109,7 @@ class CRLInfoNCEAgent(flax.struct.PyTreeNode):
     def pretraining_loss(self, params, batch, key):
         """L = L_contrastive + L_BC."""
         del key  # Nothing is drawn: the goals are part of the batch.
-        contrastive_loss, contrastive_metrics = self.contrastive_loss(params, batch)
-        bc_loss, bc_metrics = self.cloning_loss(params, batch)
-        loss = contrastive_loss + bc_loss
-        return loss, {'loss': loss, **contrastive_metrics, **bc_metrics}
+        return common.total([self.contrastive_loss(params, batch), self.cloning_loss(params, batch)])
 
     def finetuning_loss(self, params, batch, key, update_actor: bool = True):
         """L = L_R + L_contrastive, + L_π in the steps that update the actor."""
@@ -120,8 +117,7 @@ class CRLInfoNCEAgent(flax.struct.PyTreeNode):
         terms = [self.reward_loss(params, batch), self.contrastive_loss(params, batch)]
         if update_actor:
             terms.append(self.actor_loss(params, batch))
-        loss = sum(term for term, _ in terms)
-        return loss, {'loss': loss, **{name: value for _, metrics in terms for name, value in metrics.items()}}
+        return common.total(terms)
 
     # -------------------------------------------------------------------------------------------------------- updates
 

@@ -100,10 +100,8 @@ class DINOReBRACAgent(flax.struct.PyTreeNode):
 
     def pretraining_loss(self, params, batch, key):
         """L = L_DINO + L_BC, the policy on features without gradient."""
-        repr_loss, repr_metrics = self.distillation_loss(params, batch, key)
-        bc_loss, bc_metrics = rebrac.cloning_loss(self, params, self.encoded(params, batch))
-        loss = repr_loss + bc_loss
-        return loss, {'loss': loss, **repr_metrics, **bc_metrics}
+        cloning = rebrac.cloning_loss(self, params, self.encoded(params, batch))
+        return common.total([self.distillation_loss(params, batch, key), cloning])
 
     def finetuning_loss(self, params, batch, key, update_actor: bool = True):
         """L = L_Q, + L_π in the steps that update the actor, both of ReBRAC on features without gradient."""
@@ -111,8 +109,7 @@ class DINOReBRACAgent(flax.struct.PyTreeNode):
         terms = [rebrac.critic_loss(self, params, batch, key)]
         if update_actor:
             terms.append(rebrac.actor_loss(self, params, batch))
-        loss = sum(term for term, _ in terms)
-        return loss, {'loss': loss, **{name: value for _, metrics in terms for name, value in metrics.items()}}
+        return common.total(terms)
 
     # -------------------------------------------------------------------------------------------------------- updates
 

@@ -104,10 +104,7 @@ class FBIQLAgent(flax.struct.PyTreeNode):
     def pretraining_loss(self, params, batch, key):
         """L = L_FB + c·L_orth + L_π, with a z for each row."""
         latents = self.sample_latents(params, batch, key)
-        representation_loss, representation_metrics = self.representation_loss(params, batch, latents)
-        skill_loss, skill_metrics = self.skill_loss(params, batch, latents)
-        loss = representation_loss + skill_loss
-        return loss, {'loss': loss, **representation_metrics, **skill_metrics}
+        return common.total([self.representation_loss(params, batch, latents), self.skill_loss(params, batch, latents)])
 
     def finetuning_loss(self, params, batch, key, update_actor: bool = True):
         """L = L_V + L_Q of IQL at the task's z, + L_π in the steps that update the actor."""
@@ -123,8 +120,7 @@ class FBIQLAgent(flax.struct.PyTreeNode):
             alpha=self.config.alpha_awr,
             update_actor=update_actor,
         )
-        loss = sum(term for term, _ in terms)
-        return loss, {'loss': loss, **{name: value for _, metrics in terms for name, value in metrics.items()}}
+        return common.total(terms)
 
     # -------------------------------------------------------------------------------------------------------- updates
 

@@ -95,8 +95,7 @@ class HILPIQLAgent(flax.struct.PyTreeNode):
     def pretraining_loss(self, params, batch, key):
         """L = L_φ + L_V + L_Q + L_π, the last three of the skills."""
         terms = [self.representation_loss(params, batch), *self.skill_losses(params, batch, key)]
-        loss = sum(term for term, _ in terms)
-        return loss, {'loss': loss, **{name: value for _, metrics in terms for name, value in metrics.items()}}
+        return common.total(terms)
 
     def finetuning_loss(self, params, batch, key, update_actor: bool = True):
         """L = L_V + L_Q of IQL at the task's z and reward, + L_π in the steps that update the actor."""
@@ -112,8 +111,7 @@ class HILPIQLAgent(flax.struct.PyTreeNode):
             alpha=self.config.alpha,
             update_actor=update_actor,
         )
-        loss = sum(term for term, _ in terms)
-        return loss, {'loss': loss, **{name: value for _, metrics in terms for name, value in metrics.items()}}
+        return common.total(terms)
 
     # -------------------------------------------------------------------------------------------------------- updates
 

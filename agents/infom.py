@@ -253,10 +253,7 @@ class InFOMAgent(flax.struct.PyTreeNode):
 
     def pretraining_loss(self, params, batch, key):
         """L = L_FM + λ·L_KL + L_BC."""
-        occupancy_loss, occupancy_metrics = self.occupancy_loss(params, batch, key)
-        bc_loss, bc_metrics = self.cloning_loss(params, batch)
-        loss = occupancy_loss + bc_loss
-        return loss, {'loss': loss, **occupancy_metrics, **bc_metrics}
+        return common.total([self.occupancy_loss(params, batch, key), self.cloning_loss(params, batch)])
 
     def finetuning_loss(self, params, batch, key, update_actor: bool = True):
         """L = L_R + L_Q + L_FM + λ·L_KL, + L_π in the steps that update the actor."""
@@ -268,8 +265,7 @@ class InFOMAgent(flax.struct.PyTreeNode):
         ]
         if update_actor:
             terms.append(self.actor_loss(params, batch))
-        loss = sum(term for term, _ in terms)
-        return loss, {'loss': loss, **{name: value for _, metrics in terms for name, value in metrics.items()}}
+        return common.total(terms)
 
     # -------------------------------------------------------------------------------------------------------- updates
 

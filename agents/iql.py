@@ -92,8 +92,7 @@ class IQLAgent(flax.struct.PyTreeNode):
         terms = [self.value_loss(params, batch), self.critic_loss(params, batch)]
         if update_actor:
             terms.append(self.actor_loss(params, batch))
-        loss = sum(term for term, _ in terms)
-        return loss, {'loss': loss, **{name: value for _, metrics in terms for name, value in metrics.items()}}
+        return common.total(terms)
 
     # -------------------------------------------------------------------------------------------------------- updates
 

@@ -131,10 +131,7 @@ class MBPOReBRACAgent(flax.struct.PyTreeNode):
     def pretraining_loss(self, params, batch, key):
         """L = L_Δ + L_BC."""
         del key  # Neither term draws anything.
-        dynamics_loss, dynamics_metrics = self.dynamics_loss(params, batch)
-        bc_loss, bc_metrics = rebrac.cloning_loss(self, params, batch)
-        loss = dynamics_loss + bc_loss
-        return loss, {'loss': loss, **dynamics_metrics, **bc_metrics}
+        return common.total([self.dynamics_loss(params, batch), rebrac.cloning_loss(self, params, batch)])
 
     def finetuning_loss(self, params, batch, key, update_actor: bool = True):
         """L = L_Δ + L_R on the data, + L_Q and, in the steps that update the actor, L_π of ReBRAC on the mixed
@@ -148,8 +145,7 @@ class MBPOReBRACAgent(flax.struct.PyTreeNode):
         ]
         if update_actor:
             terms.append(rebrac.actor_loss(self, params, mixed))
-        loss = sum(term for term, _ in terms)
-        return loss, {'loss': loss, **{name: value for _, metrics in terms for name, value in metrics.items()}}
+        return common.total(terms)
 
     # -------------------------------------------------------------------------------------------------------- updates
 

@@ -122,8 +122,7 @@ class ReBRACAgent(flax.struct.PyTreeNode):
         terms = [critic_loss(self, params, batch, key)]
         if update_actor:
             terms.append(actor_loss(self, params, batch))
-        loss = sum(term for term, _ in terms)
-        return loss, {'loss': loss, **{name: value for _, metrics in terms for name, value in metrics.items()}}
+        return common.total(terms)
 
     # -------------------------------------------------------------------------------------------------------- updates
 

@@ -132,10 +132,8 @@ class TDInfoNCEAgent(flax.struct.PyTreeNode):
     def pretraining_loss(self, params, batch, key):
         """L = L_contrastive + L_BC, with the behaviour's next actions."""
         del key  # Nothing is drawn: the goals are part of the batch.
-        contrastive_loss, contrastive_metrics = self.contrastive_loss(params, batch, batch['next_actions'])
-        bc_loss, bc_metrics = self.cloning_loss(params, batch)
-        loss = contrastive_loss + bc_loss
-        return loss, {'loss': loss, **contrastive_metrics, **bc_metrics}
+        contrastive = self.contrastive_loss(params, batch, batch['next_actions'])
+        return common.total([contrastive, self.cloning_loss(params, batch)])
 
     def finetuning_loss(self, params, batch, key, update_actor: bool = True):
         """L = L_R + L_contrastive with the policy's next actions, + L_π in the steps that update the actor."""
@@ -147,8 +145,7 @@ class TDInfoNCEAgent(flax.struct.PyTreeNode):
         ]
         if update_actor:
             terms.append(self.actor_loss(params, batch))
-        loss = sum(term for term, _ in terms)
-        return loss, {'loss': loss, **{name: value for _, metrics in terms for name, value in metrics.items()}}
+        return common.total(terms)
 
     # -------------------------------------------------------------------------------------------------------- updates
 
