@@ -154,6 +154,16 @@ class MLP(nn.Module):
         return x
 
 
+def ensemble_of_mlps(size: int):
+    """`MLP` for a size of 1; else a module of `size` of them with separate parameters, on the same input, whose output
+    gains a leading axis (size, …)."""
+    if size == 1:
+        return MLP
+    return nn.vmap(
+        MLP, variable_axes={'params': 0}, split_rngs={'params': True}, in_axes=None, out_axes=0, axis_size=size
+    )
+
+
 class ScalarHead(nn.Module):
     """A function of concatenated inputs to one number per row, behind an optional image encoder on the first input.
 
@@ -171,17 +181,28 @@ class ScalarHead(nn.Module):
         if self.encoder is not None:
             observations = self.encoder(observations)
         x = jnp.concatenate([observations, *inputs], axis=-1)
-        mlp = MLP
-        if self.num_ensembles > 1:
-            mlp = nn.vmap(
-                MLP,
-                variable_axes={'params': 0},
-                split_rngs={'params': True},
-                in_axes=None,
-                out_axes=0,
-                axis_size=self.num_ensembles,
-            )
-        return mlp(self.hidden_dims, 1, self.layer_norm)(x).squeeze(-1)
+        return ensemble_of_mlps(self.num_ensembles)(self.hidden_dims, 1, self.layer_norm)(x).squeeze(-1)
+
+
+class VectorHead(nn.Module):
+    """A function of concatenated inputs to a vector per row, behind an optional image encoder on the first input.
+
+    As `ScalarHead`: with `num_ensembles` ≥ 2 the output is (num_ensembles, B, output_dim), from MLPs with separate
+    parameters behind one shared encoder; with 1 it is (B, output_dim).
+    """
+
+    output_dim: int
+    hidden_dims: Sequence[int]
+    layer_norm: bool = True
+    num_ensembles: int = 1
+    encoder: nn.Module | None = None
+
+    @nn.compact
+    def __call__(self, observations, *inputs):
+        if self.encoder is not None:
+            observations = self.encoder(observations)
+        x = jnp.concatenate([observations, *inputs], axis=-1)
+        return ensemble_of_mlps(self.num_ensembles)(self.hidden_dims, self.output_dim, self.layer_norm)(x)
 
 
 class GaussianActor(nn.Module):
@@ -291,37 +312,6 @@ def tanh_gaussian_log_prob(means, stds, actions):
     """
     log_derivatives = jnp.log1p(actions) + jnp.log1p(-actions)
     return gaussian_log_prob(means, stds, jnp.arctanh(actions)) - log_derivatives.sum(axis=-1)
-
-
-class VectorHead(nn.Module):
-    """A function of concatenated inputs to a vector per row, behind an optional image encoder on the first input.
-
-    As `ScalarHead`: with `num_ensembles` ≥ 2 the output is (num_ensembles, B, output_dim), from MLPs with separate
-    parameters behind one shared encoder; with 1 it is (B, output_dim).
-    """
-
-    output_dim: int
-    hidden_dims: Sequence[int]
-    layer_norm: bool = True
-    num_ensembles: int = 1
-    encoder: nn.Module | None = None
-
-    @nn.compact
-    def __call__(self, observations, *inputs):
-        if self.encoder is not None:
-            observations = self.encoder(observations)
-        x = jnp.concatenate([observations, *inputs], axis=-1)
-        mlp = MLP
-        if self.num_ensembles > 1:
-            mlp = nn.vmap(
-                MLP,
-                variable_axes={'params': 0},
-                split_rngs={'params': True},
-                in_axes=None,
-                out_axes=0,
-                axis_size=self.num_ensembles,
-            )
-        return mlp(self.hidden_dims, self.output_dim, self.layer_norm)(x)
 
 
 class ContrastiveCritic(nn.Module):
