@@ -13,7 +13,7 @@ import hashlib
 import math
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ class Curve:
 
     Attributes:
         run: the run directory, relative to the directory that was collected.
-        method: what rows and legends call it: the agent and the settings that set it apart.
+        variant: the settings that set its method apart, as its name shows them: ('alpha=30', 'expectile=0.95').
         settings: the values of the agent's settings that differ anywhere in the collection; None where this run has
             none, for instance because its code was older.
         steps: fine-tuning updates at each evaluation, from 0.
@@ -66,13 +66,17 @@ class Curve:
     """
 
     run: str
-    method: str
     agent: str
+    variant: tuple[str, ...]
     env_name: str
     seed: int
     settings: dict[str, Any]
     steps: np.ndarray
     values: np.ndarray
+
+    @property
+    def method(self) -> str:
+        return method_title(self.agent, self.variant)
 
     @property
     def domain(self) -> str:
@@ -112,7 +116,7 @@ class CollectedRun:
     explicit: dict[str, Any]  # settings that its command line chose
     resolved: dict[str, Any]  # all settings, and a digest of the data
     last: dict[int, dict[str, Any]]  # last value of every metric, by seed
-    apart: dict[str, Any] = dataclasses.field(default_factory=dict)  # what the method's name tells
+    apart: dict[str, Any] = dataclasses.field(default_factory=dict)  # settings that set the method apart
 
     @property
     def agent(self) -> str:
@@ -123,8 +127,12 @@ class CollectedRun:
         return task_of(self.config)
 
     @property
+    def variant(self) -> tuple[str, ...]:
+        return tuple(f'{key.removeprefix("agent.")}={value}' for key, value in sorted(self.apart.items()))
+
+    @property
     def method(self) -> str:
-        return method_title(self.agent, self.apart)
+        return method_title(self.agent, self.variant)
 
 
 @dataclasses.dataclass
@@ -166,10 +174,9 @@ def domain_of(task: str) -> str:
     return 'visual' if spec.visual else spec.domain
 
 
-def method_title(agent: str, settings: dict[str, Any]) -> str:
-    """'InFOM alpha=30, expectile=0.95'."""
-    parts = ', '.join(f'{key.removeprefix("agent.")}={value}' for key, value in sorted(settings.items()))
-    return f'{AGENT_TITLES.get(agent, agent)} {parts}'.strip()
+def method_title(agent: str, variant: Sequence[str] = ()) -> str:
+    """What rows and legends call a method: 'InFOM alpha=30, expectile=0.95' (see `Curve.variant`)."""
+    return f'{AGENT_TITLES.get(agent, agent)} {", ".join(variant)}'.strip()
 
 
 def collect(directory: str | os.PathLike, finetuning_steps: int | None = None) -> Collection:
@@ -315,8 +322,8 @@ def _curve(run: CollectedRun, seed: int, varied: Iterable[str]) -> Curve:
     rows = run.rows[seed]
     return Curve(
         run=run.name,
-        method=run.method,
         agent=run.agent,
+        variant=run.variant,
         env_name=run.env_name,
         seed=seed,
         settings={key: run.resolved.get(key) for key in varied},

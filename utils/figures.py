@@ -18,7 +18,7 @@ import numpy as np
 from absl import flags
 
 from utils import cli, plots, statistics
-from utils.collected_runs import AGENT_TITLES, SUITE_SCORES, Curve, method_title, suite_of, task_position
+from utils.collected_runs import SUITE_SCORES, Curve, method_title, suite_of, task_position
 from utils.errors import UserError, expanded
 from utils.results import load_curves
 from utils.runs import require_writable
@@ -37,7 +37,7 @@ def domain_bars(curves: Sequence[Curve]):
     """
     domains = list(dict.fromkeys(curve.domain for curve in sorted(curves, key=task_order)))
     methods = list(scores_by_task(curves))
-    agents = {curve.method: curve.agent for curve in curves}
+    of_method = {curve.method: curve for curve in curves}
     figure, axes = plots.panels(len(domains), columns=4, size=(max(2.6, 0.9 + 0.32 * len(methods)), 2.6))
     for axis, domain in zip(axes, domains):
         of_domain = [curve for curve in curves if curve.domain == domain]
@@ -55,8 +55,8 @@ def domain_bars(curves: Sequence[Curve]):
                     'linewidth': 0,
                 }
                 axis.bar(position, height, yerr=np.mean(spreads), error_kw={'linewidth': 1}, label=method, **look)
-            reference = published().get((AGENT_TITLES.get(agents[method], agents[method]), domain))
-            if reference and method == method_title(agents[method], {}):
+            reference = published().get((of_method[method].agent, (), domain))
+            if reference and not of_method[method].variant:
                 axis.plot(
                     position, reference[0], 'D', color='black', markerfacecolor='white', markersize=5, label='published'
                 )
@@ -127,7 +127,7 @@ def other_variants(curves: Sequence[Curve]) -> Iterator[tuple[str, list[Curve]]]
     shown = {curve.method for curve in curves if curve.training in trainings}
     for agent, of_agent in sorted(_by_agent(curves).items()):
         methods = {curve.method for curve in of_agent}
-        if len(methods) > 1 and not methods <= shown | {method_title(agent, {})}:
+        if len(methods) > 1 and not methods <= shown | {method_title(agent)}:
             yield agent, of_agent
 
 
@@ -172,7 +172,7 @@ def sensitivity_panels(agent: str, panels: Sequence[tuple[str, list[Curve]]]):
         close = len(values) > 1 and np.diff(places).min() < 0.15 * (places[-1] - places[0])
         axis.set_xticks(values, [f'{value:g}' for value in values], rotation=90 if close else 0)
         axis.minorticks_off()
-    figure.suptitle(AGENT_TITLES.get(agent, agent))
+    figure.suptitle(method_title(agent))
     plots.legend(figure, axes)
     return figure
 
@@ -275,8 +275,8 @@ def _values_in(curves: Sequence[Curve], keys: Sequence[str]) -> set[tuple[str, .
 
 def without_variants(curves: Sequence[Curve]) -> list[Curve]:
     """Each agent's plain runs where it has some, else all of its variants."""
-    plain = {curve.agent for curve in curves if curve.method == method_title(curve.agent, {})}
-    return [curve for curve in curves if curve.agent not in plain or curve.method == method_title(curve.agent, {})]
+    plain = {curve.agent for curve in curves if not curve.variant}
+    return [curve for curve in curves if curve.agent not in plain or not curve.variant]
 
 
 def _is_number(value) -> bool:
@@ -284,13 +284,12 @@ def _is_number(value) -> bool:
 
 
 def _published_trend(agent: str, setting: str, task: str) -> list[tuple[float, float]]:
-    prefix = f'{AGENT_TITLES.get(agent, agent)} {setting.removeprefix("agent.")}='
-    known = [
-        (float(title.removeprefix(prefix)), score)
-        for (title, name), (score, _) in published().items()
-        if name == task and title.startswith(prefix)
-    ]
-    return sorted(known) if known else []
+    prefix = f'{setting.removeprefix("agent.")}='
+    return sorted(
+        (float(variant[0].removeprefix(prefix)), score)
+        for (of_agent, variant, name), (score, _) in published().items()
+        if (of_agent, name) == (agent, task) and variant and variant[0].startswith(prefix)
+    )
 
 
 def main(argv):

@@ -24,7 +24,7 @@ import numpy as np
 from absl import flags
 
 from utils import cli, tables
-from utils.collected_runs import SUITE_SCORES, Collection, Curve, collect, suite_of
+from utils.collected_runs import SUITE_SCORES, Collection, Curve, collect, method_title, suite_of
 from utils.errors import UserError, expanded
 from utils.runs import RESERVED_KEYS, atomic_path, read_metrics, require_writable, write_csv
 
@@ -117,14 +117,20 @@ def _curve_of_rows(rows: list[dict], settings: Sequence[str]) -> Curve:
     steps = np.array([int(row['step']) for row in rows])
     return Curve(
         run=first['run'],
-        method=first['method'],
         agent=first['agent'],
+        variant=_variant(first['agent'], first['method']),
         env_name=first['env_name'],
         seed=int(first['seed']),
         settings={key: _parse(first[key]) for key in settings if first[key] != ''},
         steps=steps - steps[0],
         values=factor * np.array([float(row[metric]) for row in rows]),
     )
+
+
+def _variant(agent: str, method: str) -> tuple[str, ...]:
+    """`Curve.variant` from a method's name."""
+    settings = method.removeprefix(method_title(agent)).strip()
+    return tuple(settings.split(', ')) if settings else ()
 
 
 def _cell(value):

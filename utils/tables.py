@@ -58,12 +58,13 @@ def _latex_cell(text: str) -> str:
 
 
 @functools.cache
-def published() -> dict[tuple[str, str], tuple[float, float | None]]:
-    """(method's title, task or domain) → (score, standard deviation or None), in the units of `Curve.unit`."""
+def published() -> dict[tuple[str, tuple[str, ...], str], tuple[float, float | None]]:
+    """(agent, variant of one setting or none, task or domain) → (score, standard deviation or None), in the units of
+    `Curve.unit`."""
     with PUBLISHED_PATH.open(newline='', encoding='utf-8') as file:
         rows = list(csv.DictReader(file))
     return {
-        (f'{AGENT_TITLES[row["agent"]]} {row["variant"]}'.strip(), row['name']): (
+        (row['agent'], (row['variant'],) if row['variant'] else (), row['name']): (
             float(row['score']),
             float(row['std']) if row['std'] else None,
         )
@@ -103,6 +104,7 @@ def domain_table(domain: str, curves: Sequence[Curve]) -> Table:
     scores = scores_by_task(curves)
     tasks = sorted({task for of_method in scores.values() for task in of_method}, key=task_position)
     rows = []
+    first_of = {curve.method: curve for curve in reversed(curves)}
     shown = set()  # Published rows: the variants of an agent share one.
     for method, of_method in scores.items():
         cells = [_mean_and_std(of_method[task]) if task in of_method else NOTHING for task in tasks]
@@ -113,8 +115,7 @@ def domain_table(domain: str, curves: Sequence[Curve]) -> Table:
                 float(statistics.mean(list(of_method.values()))), None if None in spreads else float(np.mean(spreads))
             )
         rows.append([method, *cells, average])
-        agent = next(curve.agent for curve in curves if curve.method == method)
-        row = _published_row(agent, method, tasks, domain)
+        row = _published_row(first_of[method].agent, first_of[method].variant, tasks, domain)
         if row is not None and row[0] not in shown:
             shown.add(row[0])
             rows.append(row)
@@ -129,17 +130,17 @@ def domain_table(domain: str, curves: Sequence[Curve]) -> Table:
     )
 
 
-def _published_row(agent: str, method: str, tasks: Sequence[str], domain: str) -> list[str] | None:
-    """The published figures of a method: of the agent with the one setting of the method's name that was published,
-    else of the agent alone."""
-    plain = method_title(agent, {})
-    known = {title for title, _ in published()}
-    variants = [f'{plain} {part}' for part in method.removeprefix(plain).strip().split(', ')]
-    variants = [title for title in variants if title in known]
-    title = variants[0] if len(variants) == 1 else plain  # Two of them at once were not published.
-    cells = [published().get((title, name)) for name in (*tasks, domain)]
+def _published_row(agent: str, variant: Sequence[str], tasks: Sequence[str], domain: str) -> list[str] | None:
+    """The published figures of a method: of the agent with the one setting of its variant that was published, else of
+    the agent alone."""
+    known = {key[:2] for key in published()}
+    settings = tuple(setting for setting in variant if (agent, (setting,)) in known)
+    if len(settings) > 1:  # Two of them at once were not published.
+        settings = ()
+    cells = [published().get((agent, settings, name)) for name in (*tasks, domain)]
     if not any(cells):
         return None
+    title = method_title(agent, settings)
     return [f'{title} (published)', *(_plus_minus(*cell) if cell else NOTHING for cell in cells)]
 
 
