@@ -23,11 +23,10 @@ import envs
 from envs import custom
 from utils.errors import UserError, expanded
 from utils.presets import task_with_number
-from utils.run_config import OPERATIONAL_FLAGS
+from utils.run_config import COMMAND_LINE, OPERATIONAL_FLAGS
 from utils.run_status import FINISHED, read_json, run_start, run_status
 from utils.runs import read_metrics, score_summary
 
-COMMAND_LINE = 'command line'
 AGENT_TITLES = {
     'infom': 'InFOM',
     'iql': 'IQL',

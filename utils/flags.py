@@ -26,12 +26,20 @@ import envs
 from utils import presets
 from utils.errors import UserError, expanded
 from utils.intervals import fit_intervals, largest_divisor
-from utils.run_config import DEFAULT, RunConfig, block_size, check_agent, check_encoder, check_flags, flag_fields
+from utils.run_config import (
+    COMMAND_LINE,
+    DEFAULT,
+    RunConfig,
+    block_size,
+    check_agent,
+    check_encoder,
+    check_flags,
+    flag_fields,
+)
 
 PHASES = ('pretraining', 'finetuning')
 CRASHING_JAXLIB = ('0.10.2', '0.11.0')
 DEFAULT_AGENT = 'agents/infom.py'
-COMMAND_LINE = 'command line'
 
 
 # ---------------------------------------------------------------------------------------------------------- defining

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from utils import presets
 from utils.errors import UserError, expanded
 
-DEFAULT = 'default'
+DEFAULT, COMMAND_LINE = 'default', 'command line'  # Two of the origins in `RunConfig.sources`.
 # Flags that decide where and how a run is done, or what is shown of it, never what is learned: such runs are the same.
 OPERATIONAL_FLAGS = frozenset(
     {
