@@ -52,7 +52,7 @@ def compare(make_env, policy, worker_counts, episodes: int, repeats: int, places
         for _ in range(1 + repeats):
             for workers, evaluator in evaluators.items():
                 began = time.perf_counter()
-                results.append(evaluator.evaluate(policy, 1, [0], episodes))
+                results.append(evaluator.evaluate(policy, [0], episodes))
                 times[workers].append(time.perf_counter() - began)
     finally:
         for evaluator in evaluators.values():

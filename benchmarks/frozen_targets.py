@@ -119,7 +119,7 @@ def measure(
             arguments = agents, labelled, keys, np.int32(start)
             agents, _ = training.train_chunk(*arguments, phase='finetuning', n=interval)
             policy = training.make_policy(agents, normalizer, [look.seed])
-            (scores,) = evaluator.evaluate(policy, 1, [look.seed], episodes)
+            (scores,) = evaluator.evaluate(policy, [look.seed], episodes)
             found = agreements(jax.tree.map(lambda x: x[0], agents), held_out, jax.random.key(0))
             success = scores.get('episode.success', np.nan)
             rows.append(

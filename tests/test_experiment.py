@@ -56,13 +56,13 @@ class CountingEvaluator:
     def __init__(self, calls):
         self.calls, self.asked = calls, []
 
-    def evaluate(self, policy, num_seeds, seeds, num_episodes, eval_index, should_stop):
+    def evaluate(self, policy, seeds, num_episodes, eval_index, should_stop):
         if should_stop():
             return None
         self.calls.append(eval_index)
         actions = policy(OBSERVED)
         self.asked.append((list(seeds), num_episodes, actions))
-        assert actions.shape == (num_seeds, 2, 3)
+        assert actions.shape == (len(seeds), 2, 3)
         return [{'episode.return': float(a.sum()), 'episode.success': 0.0, 'episode.length': 2.0} for a in actions]
 
     def close(self):

@@ -62,7 +62,6 @@ class Evaluator:
     def evaluate(
         self,
         policy: Callable[[np.ndarray], np.ndarray],
-        num_seeds: int,
         seeds: Sequence[int],
         num_episodes: int,
         eval_index: int = 0,
@@ -78,9 +77,8 @@ class Evaluator:
         Args:
             policy: observations (W, ...) of W environments, float32 (uint8 for images) -> actions (S, W, a) of all S
                 seeds' policies. Rows of environments between two episodes hold an old observation.
-            num_seeds: S.
             seeds: the S seeds of the run, non-negative.
-            num_episodes: episodes per seed.
+            num_episodes: episodes per seed, at least one.
             eval_index: number of this evaluation in the run, for the progress bar only.
             should_stop: asked before every step; True ends the evaluation early (a signal came in, say).
         Returns:
@@ -90,8 +88,8 @@ class Evaluator:
         Raises:
             UserError: a worker died or hangs. RuntimeError: an environment raised; holds its traceback.
         """
-        if len(seeds) != num_seeds or num_episodes < 1:
-            raise ValueError(f'{num_seeds} seeds were announced, {len(seeds)} given, {num_episodes} episodes asked for')
+        if num_episodes < 1:
+            raise ValueError(f'{num_episodes} episodes were asked for')
 
         def act(observations: np.ndarray, jobs: Sequence[int | None]) -> np.ndarray:
             columns = np.arange(len(jobs))
@@ -102,7 +100,7 @@ class Evaluator:
         outcomes = self._run(act, reset_seeds, f'evaluation {eval_index}', should_stop)
         if outcomes is None:
             return None
-        return [_statistics(outcomes[s * num_episodes : (s + 1) * num_episodes]) for s in range(num_seeds)]
+        return [_statistics(outcomes[s * num_episodes : (s + 1) * num_episodes]) for s in range(len(seeds))]
 
     def evaluate_random(self, seed: int, num_episodes: int) -> dict[str, float]:
         """The same statistics for actions uniform in [-1, 1], on the episodes that `evaluate` uses for that seed."""

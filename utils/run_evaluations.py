@@ -84,7 +84,6 @@ class RunEvaluations:
         policy = training.make_policy(agents, self._normalizer, self._seeds)
         results = self._evaluator.evaluate(
             policy,
-            num_seeds=len(self._seeds),
             seeds=self._seeds,
             num_episodes=self._num_episodes,
             eval_index=step,
