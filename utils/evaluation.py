@@ -22,6 +22,7 @@ from utils.runs import atomic_path
 logger = logging.getLogger(__name__)
 
 ENVIRONMENTS_PER_WORKER = 4
+FRAMES_PER_SECOND = 30  # of videos
 REPLY_TIMEOUT = 300.0  # seconds for a few resets or steps; simulators take milliseconds, so this is a hung one
 
 # Second word of the seeds below, so that no environment's stream coincides with another use of the run's seed.
@@ -211,27 +212,22 @@ class Evaluator:
 
 
 def record_video(
-    env: Any,
+    make_env: Callable[[], Any],
     policy_one: Callable[[np.ndarray], np.ndarray],
     path: str | os.PathLike,
     num_episodes: int = 1,
     seed: int = 0,
-    fps: int = 30,
     every: int = 1,
-) -> tuple[int, int, int, int]:
+) -> None:
     """Writes episodes of a policy to an mp4 file, atomically, frame by frame.
 
     Args:
-        env: an environment made with `render_mode='rgb_array'`, or a function that makes one (then closed here, and
-            failures to make it are explained as well).
+        make_env: makes an environment with `render_mode='rgb_array'`.
         policy_one: observation (...) -> action (a,).
         path: of the mp4 file, in an existing directory.
         num_episodes: shown one after the other: those that `Evaluator` starts with for the same seed.
         seed: non-negative.
-        fps: frames per second of the film.
         every: steps from one frame to the next (the last step is always shown); software rendering takes 0.1 s a frame.
-    Returns:
-        (frames, height, width, 3).
     Raises:
         UserError: rendering is not possible here, or the file is not writable.
     """
@@ -239,10 +235,9 @@ def record_video(
     from tqdm import tqdm
 
     with contextlib.ExitStack() as stack:
-        if callable(env):
-            with _explaining_rendering():
-                env = env()
-            stack.callback(env.close)
+        with _explaining_rendering():
+            env = make_env()
+        stack.callback(env.close)
         episode = Episode(env)
         observation = episode.reset(_reset_seed(seed, 0))
         with _explaining_rendering():
@@ -251,9 +246,11 @@ def record_video(
         stack.enter_context(warnings.catch_warnings())  # jax's, of forks: this one only goes on to execute ffmpeg
         warnings.filterwarnings('ignore', message=r'os\.fork\(\) was called', category=RuntimeWarning)
         # Block size 2: H.264 needs even sides, and the default of 16 would rescale the picture.
-        writer = imageio.get_writer(temporary, format='FFMPEG', mode='I', fps=fps, codec='libx264', macro_block_size=2)
+        writer = imageio.get_writer(
+            temporary, format='FFMPEG', mode='I', fps=FRAMES_PER_SECOND, codec='libx264', macro_block_size=2
+        )
         progress = stack.enter_context(tqdm(desc='video', unit='frame', leave=False, disable=None))
-        count, shape = 0, frame.shape
+        count = 0
         with contextlib.closing(writer):  # its own `with` leaves ffmpeg running after an exception
             for number in range(num_episodes):
                 if number > 0:
@@ -269,7 +266,6 @@ def record_video(
                     observation, outcome = episode.step(_finite(np.asarray(policy_one(observation), np.float32)))
                     step += 1
         _check_film(temporary, count)
-    return (count, *shape)
 
 
 def environments_per_worker(visual: bool) -> int:
