@@ -97,16 +97,6 @@ class ExORLEnv(gymnasium.Env):
 
     # --- Stored states ---
 
-    def observe_state(self, state: np.ndarray) -> np.ndarray:
-        """The observation (d,) float32 of a stored state (n,).
-
-        It equals the one that was seen in the episode but for accelerations, forces and torques (of quadruped and
-        jaco), which follow from the step that led to the state and not from the state.
-        """
-        with self.physics.reset_context():
-            self.physics.set_state(state)
-        return self._flat(self._task.task.get_observation(self.physics))
-
     def reward_of_state(self, state: np.ndarray) -> float:
         """R(s) of a stored state (n,)."""
         with self.physics.reset_context():

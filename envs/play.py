@@ -11,7 +11,6 @@ from envs import ogbench_env
 # Settings of the published play data sets.
 PLAN_NOISE = 0.1
 PLAN_NOISE_SMOOTHING = 0.5
-EPISODE_ROWS = 1001  # 1000 transitions
 STACKING_PROBABILITY = {'cube-double': (0.0, 0.25)}  # Drawn once an episode, uniformly; 0 where not listed.
 
 # A scene episode in which the cube leaves the cameras' view is thrown away: right of the table, or left of it and not

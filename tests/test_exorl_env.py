@@ -19,9 +19,6 @@ SIZES = {
     'quadruped': (78, 12, 57, 1000, 0.02),
     'jaco': (42, 9, 18, 250, 0.04),
 }
-# Columns of an observation that follow from the step taken, not from the state reached: accelerometer, toes' forces and
-# torques; joint torques.
-OF_THE_STEP = {'quadruped': [*range(48, 51), *range(54, 78)], 'jaco': [*range(12, 18)]}
 JACO_GOALS = {'top_left': (-1, 1), 'top_right': (1, 1), 'bottom_left': (-1, -1), 'bottom_right': (1, -1)}
 
 
@@ -152,20 +149,12 @@ def check_against(env, theirs, parts):
 
 
 @pytest.mark.parametrize('name', TASKS)
-def test_stored_states_give_the_rewards_and_observations_of_their_episode(name):
+def test_stored_states_give_the_rewards_of_their_episode(name):
     env = task_env(name)
-    observations, rewards, states = play(env, seed=7, steps=40)
+    _, rewards, states = play(env, seed=7, steps=40)
     np.testing.assert_array_equal([env.reward_of_state(state) for state in states[1:]], rewards)
     np.testing.assert_array_equal(exorl_env.label_physics(env, states[1:]), rewards.astype(np.float32))
     assert rewards.std() > 0
-    again = np.array([env.observe_state(state) for state in states])
-    kept = np.setdiff1d(np.arange(observations.shape[1]), OF_THE_STEP.get(envs.task_spec(name).domain, []))
-    np.testing.assert_array_equal(again[:, kept], observations[:, kept])
-    # The others cannot be had from the state: MuJoCo computes accelerations before the last step, not after it.
-    for column in OF_THE_STEP.get(envs.task_spec(name).domain, []):
-        assert not np.allclose(again[1:, column], observations[1:, column], rtol=1e-3, atol=1e-3)
-    # A reset leads to no state by a step: there, all of it is the same.
-    np.testing.assert_allclose(again[0], observations[0], rtol=1e-4, atol=1e-4)
 
 
 # --- Rewards, from the formulas and from MuJoCo's bodies, without dm_control's or MuJoCo's sensors ---

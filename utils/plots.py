@@ -126,12 +126,12 @@ def _pyplot():
 # --- One task's runs, as the demo shows them ---
 
 
-def read_curve(run_directory, metric, seed, phase=None):
+def read_curve(run_directory, metric, seed):
     """(steps, values) of one metric of one seed, in the order of the log; rows without the metric are passed over."""
     rows = [
         (row['step'], row[metric])
         for row in read_metrics(Path(run_directory) / 'metrics.jsonl')
-        if row['seed'] == seed and row.get(metric) is not None and phase in (None, row['phase'])
+        if row['seed'] == seed and row.get(metric) is not None
     ]
     steps, values = zip(*rows, strict=True) if rows else ((), ())
     return np.array(steps), np.array(values, np.float64)

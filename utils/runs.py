@@ -205,10 +205,6 @@ class MetricsLog:
         # Unbuffered: nothing is left to fail, or to be lost, on closing.
         self._file = open(self.path, 'ab', buffering=0)  # noqa: SIM115
 
-    def rows(self) -> list[dict]:
-        """All lines as dictionaries. Raises `UserError` naming the first line that is not a JSON object."""
-        return read_metrics(self.path)
-
     def close(self) -> None:
         """Closes the file."""
         self._file.close()

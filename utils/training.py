@@ -313,27 +313,25 @@ def acting_part(agents, observations):
     The copy is as good as the agents for `make_policy`, and stays when their buffers are given to `train_chunk`.
     """
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), num_seeds(agents)))
-    traced = jax.make_jaxpr(_act.__wrapped__)(agents, keys, observations, 0.0).jaxpr
+    traced = jax.make_jaxpr(_act.__wrapped__)(agents, keys, observations).jaxpr
     read = {id(variable) for equation in traced.eqns for variable in equation.invars}
     leaves, structure = jax.tree.flatten(agents)
     copies = [devices.fetch(x) if id(v) in read else None for x, v in zip(leaves, traced.invars, strict=False)]
     return jax.tree.unflatten(structure, copies)
 
 
-def make_policy(agents, normalizer, seeds, temperature: float = 0.0):
-    """A policy for evaluation: observations (W, …) from the simulator → actions (S, W, A) of every seed, as NumPy.
-
-    At temperature 0 the actions are modes and the key plays no part.
-    """
+def make_policy(agents, normalizer, seeds):
+    """A policy for evaluation, by its modes: observations (W, …) from the simulator → actions (S, W, A) of every seed,
+    as NumPy."""
     # Once, not at every step: what came from a mesh is in the host's memory.
     agents, keys = jax.device_put((agents, stream_keys(seeds, 'act')), _device_of(agents))
 
     def policy(observations):
-        return jax.device_get(_act(agents, keys, normalizer(observations), temperature))
+        return jax.device_get(_act(agents, keys, normalizer(observations)))
 
     return policy
 
 
 @jax.jit
-def _act(agents, keys, observations, temperature):
-    return jax.vmap(lambda agent, key: agent.act(observations, key, temperature))(agents, keys)
+def _act(agents, keys, observations):
+    return jax.vmap(lambda agent, key: agent.act(observations, key, 0.0))(agents, keys)  # Temperature 0: the modes.

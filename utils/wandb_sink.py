@@ -14,12 +14,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from utils.errors import UserError
 from utils.runs import write_json
 
 logger = logging.getLogger(__name__)
 
-MODES = ('online', 'offline', 'disabled')
+PROJECT = 'infom'
 START_TIMEOUT = 60  # seconds to reach the server before the run goes on without
 FINISH_TIMEOUT = 120  # seconds to hand over what is still queued
 
@@ -31,20 +30,17 @@ class WandbSink:
         run_directory: wandb's files go into its `wandb/`; the run's id is kept in `wandb.json`, so that a resumed run
             goes on in the same wandb run.
         mode: 'online', 'offline' (files only: `wandb sync` sends them later) or 'disabled' (nothing is imported).
-        project, group, name, config: as in `wandb.init`.
+        group, name, config: as in `wandb.init`.
     """
 
     def __init__(
         self,
         run_directory: str | os.PathLike,
         mode: str,
-        project: str = 'infom',
         group: str | None = None,
         name: str | None = None,
         config: Mapping[str, Any] | None = None,
     ):
-        if mode not in MODES:
-            raise UserError(f'--wandb_mode={mode} is unknown: expected one of {", ".join(MODES)}.')
         self._directory = Path(run_directory)
         self._run = None
         if mode == 'disabled':
@@ -61,7 +57,7 @@ class WandbSink:
             )
             run_id = self._run_id()
             run = wandb.init(
-                project=project,
+                project=PROJECT,
                 group=group,
                 name=name,
                 config=dict(config or {}),
