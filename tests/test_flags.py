@@ -208,8 +208,6 @@ def test_the_first_log_lines_say_what_came_from_where():
         (['--eval_workers=-2'], '--eval_workers=-2: expected 0 or more'),
         (['--p_aug=0.5'], '--p_aug=0.5 .*for image tasks'),
         (['--frame_stack=3'], '--frame_stack=3: .*for image tasks'),
-        (['--run_name=../elsewhere'], 'expected the name of a folder'),
-        (['--run_group='], 'expected the name of a folder'),
         (['--save_dir='], '--save_dir is empty'),
         (['--pretraining_steps=0', '--finetuning_steps=0'], 'nothing to do'),
         (['--agent.expectile=1.5'], r'--agent.expectile=1.5: expected a number from 0.5 up to, but not, 1'),
@@ -236,6 +234,18 @@ def test_the_first_log_lines_say_what_came_from_where():
 def test_refused_values(arguments, message):
     with pytest.raises(UserError, match=message):
         parse(*arguments)
+
+
+@pytest.mark.parametrize('flag', ['run_group', 'run_name'])
+@pytest.mark.parametrize('name', ['', '.', '..', 'a/b', '../a', 'a\0'])
+def test_names_that_leave_the_directory_are_refused(flag, name):
+    with pytest.raises(UserError, match=f'--{flag}=.*: expected the name of a folder'):
+        parse(f'--{flag}={name}')
+
+
+def test_an_unknown_home_folder_is_a_user_error():
+    with pytest.raises(UserError, match='the home folder ~no-such-user is not known'):
+        _ = parse('--save_dir=~no-such-user/exp').run_dir
 
 
 @pytest.mark.parametrize(

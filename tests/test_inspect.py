@@ -57,7 +57,7 @@ def make_run(folder, data_dir, agent_name, phases, num_seeds=1, dataset=None, ob
     example = example_batch(Dataset.create(raw[phases[0]], normalizer))
     seeds = list(range(3, 3 + num_seeds))
     agents = training.create_agents(tiny_agents.agents.load(agent_name).AGENT, seeds, example, config)
-    run = runs.make_run_directory(folder, 'g', agent_name)
+    run = runs.make_run_directory(folder / 'g' / agent_name)
     sources = {f'{phase}/val': raw[phase]['source'] for phase in phases}
     settings = {'agent_name': agent_name, 'seed': 3, 'num_seeds': num_seeds, 'dataset_dir': str(data_dir)}
     settings |= {'env_name': envs.NO_ENV if dataset else TASK, 'dataset': dataset}

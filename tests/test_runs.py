@@ -35,31 +35,18 @@ def path(tmp_path):
 
 
 def test_a_run_directory_is_made_once_and_found_again(tmp_path):
-    made = runs.make_run_directory(tmp_path, 'group', 'name')
+    made = runs.make_run_directory(tmp_path / 'group' / 'name')
     assert made == tmp_path / 'group' / 'name'
     assert sorted(child.name for child in made.iterdir()) == ['checkpoints', 'figures', 'videos']
     (made / 'config.json').write_text('{}')
-    assert runs.make_run_directory(tmp_path, 'group', 'name') == made
+    assert runs.make_run_directory(made) == made
     assert (made / 'config.json').read_text() == '{}'
-
-
-@pytest.mark.parametrize('name', ['', '.', '..', 'a/b', '../a', 'a\0'])
-def test_names_that_leave_the_directory_are_refused(tmp_path, name):
-    with pytest.raises(UserError, match=r'--run_name=.*without slashes'):
-        runs.make_run_directory(tmp_path, 'group', name)
-    with pytest.raises(UserError, match='--run_group='):
-        runs.make_run_directory(tmp_path, name, 'name')
 
 
 def test_a_directory_that_cannot_be_made_is_a_user_error(tmp_path):
     (tmp_path / 'file').write_text('')
     with pytest.raises(UserError, match=f'cannot write {tmp_path}/file/group/name: Not a directory.*--save_dir'):
-        runs.make_run_directory(tmp_path / 'file', 'group', 'name')
-
-
-def test_an_unknown_home_folder_is_a_user_error():
-    with pytest.raises(UserError, match='the home folder ~no-such-user is not known'):
-        runs.make_run_directory('~no-such-user/exp', 'group', 'name')
+        runs.make_run_directory(tmp_path / 'file' / 'group' / 'name')
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='needs a directory that not even root can write to')

@@ -30,7 +30,7 @@ def write_run(
     the run stopped before its last evaluation was done.
     """
     settings = {'agent.alpha': 10.0, 'preset': 'small', **(settings or {})}
-    directory = runs.make_run_directory(save_dir, *name.split('/'))
+    directory = runs.make_run_directory(save_dir / name)
     evaluations = max(map(len, curves.values()))
     config = {
         'agent_name': agent,

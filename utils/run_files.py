@@ -19,7 +19,7 @@ def opened(config):
     """
     with contextlib.ExitStack() as resources:
         if processes.is_first():
-            runs.make_run_directory(config.save_dir, config.run_group, config.run_name)
+            runs.make_run_directory(config.run_dir)
             lock = runs.lock_run_directory(config.run_dir)
             if lock is not None:
                 resources.enter_context(lock)

@@ -22,7 +22,7 @@ from typing import IO, Any, Self
 
 import numpy as np
 
-from utils.errors import UserError, expanded
+from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -38,17 +38,10 @@ PACKAGES = (
 )  # fmt: skip
 
 
-def make_run_directory(save_dir: str | os.PathLike, run_group: str, run_name: str) -> Path:
-    """Makes `<save_dir>/<run_group>/<run_name>/` with its subdirectories, or finds it again, and returns it.
-
-    Raises:
-        UserError: not writable, or a group or name that is not a plain directory name.
-    """
-    for flag, name in (('run_group', run_group), ('run_name', run_name)):
-        if name in ('', '.', '..') or any(separator in name for separator in ('/', '\\', '\0')):
-            raise UserError(f'--{flag}={name!r} cannot name a directory: expected a name without slashes.')
-    run_directory = expanded(save_dir) / run_group / run_name
-    require_writable(run_directory)
+def make_run_directory(run_directory: str | os.PathLike) -> Path:
+    """Makes the directory of a run with its subdirectories, or finds it again, and returns it. Raises `UserError` if it
+    is not writable."""
+    run_directory = require_writable(run_directory)
     for name in ('checkpoints', 'videos', 'figures'):
         require_writable(run_directory / name)
     return run_directory
