@@ -211,7 +211,7 @@ def _collect_independent(buffer: Path, settings: dict, num_transitions: int, wor
     jobs, found = [], []
     for index in range(-(-num_transitions // length)):
         path = buffer / exorl_episodes.episode_name(index, length)
-        if exorl_episodes.is_readable(path):
+        if episode_parts.is_readable(path):
             found.append(path)
         else:
             jobs.append((index, (settings['seed'], POLICIES.index(policy), index)))

@@ -30,6 +30,15 @@ def read_metadata(path: Path) -> dict | None:
         return None
 
 
+def is_readable(path: Path) -> bool:
+    """Whether the npz file is there with every byte as it was written."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except UNREADABLE_NPZ:
+        return False
+
+
 def write_part(folder: Path, index: int, episode: dict[str, np.ndarray]) -> None:
     """Writes one finished episode, wholly or not at all."""
     temporary = folder / f'{index:06d}.{os.getpid()}.tmp'
@@ -125,14 +134,7 @@ class EpisodeParts:
 
     def missing(self, episodes: int) -> list[int]:
         """Indices below `episodes` that have no readable part."""
-        return [index for index in range(episodes) if not self._is_readable(index)]
-
-    def _is_readable(self, index: int) -> bool:
-        try:
-            with zipfile.ZipFile(_part_path(self.folder, index)) as archive:
-                return archive.testzip() is None
-        except UNREADABLE_NPZ:
-            return False
+        return [index for index in range(episodes) if not is_readable(_part_path(self.folder, index))]
 
     def join(self, episodes: int, metadata: dict) -> None:
         """Puts the first `episodes` parts into the target, in order, wholly or not at all, and removes the folder.

@@ -8,12 +8,12 @@ to the step that led to row k, and row 0 of them is a dummy. How the episodes ca
 import json
 import os
 import re
-import zipfile
 from pathlib import Path
 
 import numpy as np
 
 from envs import EXORL_PHYSICS_SIZES, EXORL_SIZES, EXORL_TASKS, episode_parts, suggest
+from envs.data import ACTION_TOLERANCE
 from utils.errors import UNREADABLE_NPZ, UserError, expanded
 
 DEFAULT_EXORL_DIR = '~/.exorl/data'
@@ -21,9 +21,6 @@ EPISODE_NAME = re.compile(r'episode_(\d{6,})_(\d+)\.npz')
 METADATA_NAME = 'metadata.json'
 COLLECTED_BY, DOWNLOADED_BY = 'python -m envs.collect_exorl', 'python -m envs.download_exorl'  # Its 'made_by'.
 MIN_STEPS = 2  # One step has no next action to learn from.
-# Actions are clipped to [-1, 1] when they are used. This much beyond is rounding; more means that they were never
-# scaled.
-ACTION_TOLERANCE = 1e-3
 
 
 def require_domain(domain: str) -> None:
@@ -158,15 +155,6 @@ def write_episode(buffer: Path, index: int, episode: dict[str, np.ndarray]) -> P
         temporary.unlink(missing_ok=True)
         raise
     return path
-
-
-def is_readable(path: Path) -> bool:
-    """Whether the file is there with every byte as it was written."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except UNREADABLE_NPZ:
-        return False
 
 
 def lock(buffer: Path) -> tuple[Path, str]:
