@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 
-from envs.data import ACTION_TOLERANCE, REAL_KINDS
+from envs.data import ACTION_TOLERANCE, REAL_KINDS, read_header
 from utils.errors import UNREADABLE_NPZ, UserError, expanded
 
 MINARI = 'minari:'
@@ -84,11 +84,6 @@ class _NpzArray:
     def __init__(self, archive: zipfile.ZipFile, name: str):
         self._archive, self._name = archive, f'{name}.npy'
         with archive.open(self._name) as member:
-            version = np.lib.format.read_magic(member)
-            read_header = {
-                (1, 0): np.lib.format.read_array_header_1_0,
-                (2, 0): np.lib.format.read_array_header_2_0,
-            }[version]
             self.shape, _, self.dtype = read_header(member)
 
     def __getitem__(self, rows) -> np.ndarray:

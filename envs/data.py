@@ -177,11 +177,17 @@ def _whole_episode_rows(terminals: np.ndarray, path: Path, max_transitions: int 
     return int(ends[-1]) + 1
 
 
-def _member_header(member) -> tuple[tuple[int, ...], np.dtype]:
-    """(shape, dtype) of the array in an open member of an npz file; leaves it at the first byte of the data."""
+def read_header(member) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """(shape, whether it is in column order, dtype) of the array in an open member of an npz file; leaves it at the
+    first byte of the data."""
     version = np.lib.format.read_magic(member)
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    shape, fortran_order, dtype = readers[version](member)
+    return readers[version](member)
+
+
+def _member_header(member) -> tuple[tuple[int, ...], np.dtype]:
+    """(shape, dtype) by `read_header`. Raises ValueError for what `_read_member` cannot read row by row."""
+    shape, fortran_order, dtype = read_header(member)
     if dtype.hasobject or (fortran_order and len(shape) > 1):
         raise ValueError(f'an array of {dtype} in {"column" if fortran_order else "row"} order')
     return shape, dtype

@@ -16,6 +16,7 @@ from typing import IO
 
 import numpy as np
 
+from envs.data import read_header
 from utils.errors import UNREADABLE_NPZ, UserError
 
 METADATA_KEY = 'metadata'
@@ -164,8 +165,8 @@ class EpisodeParts:
 
     def _rows(self, index: int, key: str) -> int:
         with zipfile.ZipFile(_part_path(self.folder, index)) as archive, archive.open(f'{key}.npy') as member:
-            np.lib.format.read_magic(member)
-            return np.lib.format.read_array_header_1_0(member)[0][0]
+            shape, _, _ = read_header(member)
+            return shape[0]
 
     def close(self) -> None:
         """Lets another process have the folder."""
