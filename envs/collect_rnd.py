@@ -7,7 +7,6 @@ again: another is made in its place. What is learnt is in `rnd.py`, what is writ
 """
 
 import json
-import os
 import time
 from pathlib import Path
 
@@ -158,9 +157,8 @@ def _save(buffer: Path, explorer: rnd.Explorer, rounds: int, history: list[dict]
     """Writes the learner and its history, each wholly or not at all."""
     content = flax.serialization.to_bytes({'explorer': jax.device_get(explorer), 'rounds': rounds})
     for name, data in ((HISTORY_NAME, json.dumps(history, indent=1).encode()), (CHECKPOINT_NAME, content)):
-        temporary = buffer.parent / f'.{name}.{os.getpid()}.tmp'
-        temporary.write_bytes(data)
-        episode_parts.finish_file(temporary, buffer.parent / name)
+        with episode_parts.atomic_path(buffer.parent / name) as temporary:
+            temporary.write_bytes(data)
 
 
 def _resume(buffer: Path, settings: dict, num_transitions: int, explorer: rnd.Explorer):

@@ -12,7 +12,6 @@ import contextlib
 import datetime
 import importlib.metadata
 import json
-import os
 import zipfile
 from pathlib import Path
 
@@ -240,28 +239,25 @@ def _write_set(
     def at_the_row_they_are_taken_in(actions):  # ExORL has them in the row that they lead to.
         return np.concatenate([actions[1:], np.zeros_like(actions[:1])])
 
-    temporary = target.with_name(f'.{target.name}.{os.getpid()}.tmp')
     terminals = np.arange(rows) == rows - 1
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
-    try:
-        with bar, zipfile.ZipFile(temporary, 'w', zipfile.ZIP_STORED) as archive:
-            episode_parts.write_array(
-                archive, 'observations', (total, observation_size), np.float32, each('observation')
-            )
-            actions = map(at_the_row_they_are_taken_in, each('action'))
-            episode_parts.write_array(archive, 'actions', (total, action_size), np.float32, actions)
-            episode_parts.write_array(archive, 'terminals', (total,), bool, (terminals for _ in episodes))
-            if with_physics:  # For pictures of held-out states (`state_views.py`); training sets would double in size.
-                shape = (total, EXORL_PHYSICS_SIZES[domain])
-                episode_parts.write_array(archive, 'physics', shape, np.float64, each('physics'))
-            if labels is not None:
-                rewards = (labels[path] for path in episodes)
-                episode_parts.write_array(archive, 'rewards', (total,), np.float32, rewards)
-            episode_parts.write_text(archive, episode_parts.METADATA_KEY, json.dumps(metadata, sort_keys=True))
-            episode_parts.write_text(archive, 'created', created)
-        episode_parts.finish_file(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with (
+        episode_parts.atomic_path(target) as temporary,
+        bar,
+        zipfile.ZipFile(temporary, 'w', zipfile.ZIP_STORED) as archive,
+    ):
+        episode_parts.write_array(archive, 'observations', (total, observation_size), np.float32, each('observation'))
+        actions = map(at_the_row_they_are_taken_in, each('action'))
+        episode_parts.write_array(archive, 'actions', (total, action_size), np.float32, actions)
+        episode_parts.write_array(archive, 'terminals', (total,), bool, (terminals for _ in episodes))
+        if with_physics:  # For pictures of held-out states (`state_views.py`); training sets would double in size.
+            shape = (total, EXORL_PHYSICS_SIZES[domain])
+            episode_parts.write_array(archive, 'physics', shape, np.float64, each('physics'))
+        if labels is not None:
+            rewards = (labels[path] for path in episodes)
+            episode_parts.write_array(archive, 'rewards', (total,), np.float32, rewards)
+        episode_parts.write_text(archive, episode_parts.METADATA_KEY, json.dumps(metadata, sort_keys=True))
+        episode_parts.write_text(archive, 'created', created)
 
 
 def main(argv):

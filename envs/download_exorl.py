@@ -150,10 +150,12 @@ def _unpack(archive_path: Path, buffer: Path) -> int:
         )
         with bar:
             for name in missing:
-                temporary = buffer / f'{name}.tmp'
-                with archive.open(members[name]) as packed, open(temporary, 'wb') as file:
+                with (
+                    episode_parts.atomic_path(buffer / name) as temporary,
+                    archive.open(members[name]) as packed,
+                    open(temporary, 'wb') as file,
+                ):
                     shutil.copyfileobj(packed, file)
-                episode_parts.finish_file(temporary, buffer / name)
                 bar.update()
     for stranger in {path.name for path in buffer.iterdir()} - set(members):  # Of another version of the archive.
         (buffer / stranger).unlink()

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -42,14 +43,8 @@ def is_readable(path: Path) -> bool:
 
 def write_part(folder: Path, index: int, episode: dict[str, np.ndarray]) -> None:
     """Writes one finished episode, wholly or not at all."""
-    temporary = folder / f'{index:06d}.{os.getpid()}.tmp'
-    try:
-        with open(temporary, 'wb') as file:
-            np.savez(file, **episode)
-        os.replace(temporary, _part_path(folder, index))
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with atomic_path(_part_path(folder, index)) as temporary, open(temporary, 'wb') as file:
+        np.savez(file, **episode)
 
 
 def _parts_folder(target: Path) -> Path:
@@ -124,9 +119,8 @@ class EpisodeParts:
         if not same:
             for path in parts:
                 path.unlink()
-            temporary = self.folder / 'settings.tmp'
-            temporary.write_text(written)
-            os.replace(temporary, settings_path)
+            with atomic_path(settings_path) as temporary:
+                temporary.write_text(written)
 
     def discard_unfinished(self) -> None:
         """Removes what a killed process was writing; called while none is."""
@@ -209,6 +203,21 @@ def discard_joined(target: Path) -> None:
         same = {name: metadata.get(name) for name in settings} == settings
         if same and all(int(path.stem) < metadata.get('episodes', 0) for path in folder.glob('*.npz')):
             shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def atomic_path(target: Path) -> Iterator[Path]:
+    """Gives a temporary path beside `target` that becomes it if the block succeeds, and vanishes otherwise.
+
+    Where the process is killed, `.<name>.<process>.tmp` stays. Errors are raised as they are, unlike those of
+    `utils.runs.atomic_path`.
+    """
+    temporary = target.with_name(f'.{target.name}.{os.getpid()}.tmp')
+    try:
+        yield temporary
+        finish_file(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def finish_file(temporary: Path, target: Path) -> None:

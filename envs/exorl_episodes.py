@@ -144,16 +144,11 @@ def _remedy(path: Path) -> str:
 
 
 def write_episode(buffer: Path, index: int, episode: dict[str, np.ndarray]) -> Path:
-    """Writes an episode (arrays of T + 1 rows, ExORL's names), wholly or not at all, and onto the disk."""
+    """Writes an episode (arrays of T + 1 rows, ExORL's names), wholly or not at all, and onto the disk: one of rnd that
+    a power cut empties could not be made again."""
     path = buffer / episode_name(index, len(episode['observation']) - 1)
-    temporary = buffer / f'{path.name}.{os.getpid()}.tmp'
-    try:
-        with open(temporary, 'wb') as file:
-            np.savez(file, **episode)
-        episode_parts.finish_file(temporary, path)  # One of rnd that a power cut empties could not be made again.
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with episode_parts.atomic_path(path) as temporary, open(temporary, 'wb') as file:
+        np.savez(file, **episode)
     return path
 
 
@@ -174,7 +169,5 @@ def read_metadata(buffer: Path) -> dict | None:
 
 def write_metadata(buffer: Path, metadata: dict) -> None:
     """Notes how the episodes of the folder come about, atomically."""
-    path = buffer.parent / METADATA_NAME
-    temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-    temporary.write_text(json.dumps(metadata, indent=2, sort_keys=True) + '\n')
-    episode_parts.finish_file(temporary, path)
+    with episode_parts.atomic_path(buffer.parent / METADATA_NAME) as temporary:
+        temporary.write_text(json.dumps(metadata, indent=2, sort_keys=True) + '\n')
