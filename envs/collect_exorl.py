@@ -135,7 +135,7 @@ def _claim(buffer: Path, settings: dict, overwrite: bool) -> None:
             f'{buffer} holds episodes {origin}; --overwrite throws them away, another --exorl_dir leaves them alone'
         )
     # First the learner: without episodes, it would be taken for one that has lost them.
-    for name in ('explorer.msgpack', 'history.json'):
+    for name in (exorl_episodes.EXPLORER_NAME, exorl_episodes.HISTORY_NAME):
         (buffer.parent / name).unlink(missing_ok=True)
     if episodes:
         shutil.rmtree(buffer)

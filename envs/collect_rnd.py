@@ -16,10 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from envs import EXORL_SIZES, commands, episode_parts, exorl_episodes, rnd, worker_pool
+from envs.exorl_episodes import EXPLORER_NAME, HISTORY_NAME
 from utils.errors import UserError
-
-CHECKPOINT_NAME = 'explorer.msgpack'
-HISTORY_NAME = 'history.json'
 
 
 def make_group(domain: str, episode_length: int, buffer: str, count: int):
@@ -156,7 +154,7 @@ def _play_round(explorer, replay, simulators, number: int, settings: dict, base_
 def _save(buffer: Path, explorer: rnd.Explorer, rounds: int, history: list[dict]) -> None:
     """Writes the learner and its history, each wholly or not at all."""
     content = flax.serialization.to_bytes({'explorer': jax.device_get(explorer), 'rounds': rounds})
-    for name, data in ((HISTORY_NAME, json.dumps(history, indent=1).encode()), (CHECKPOINT_NAME, content)):
+    for name, data in ((HISTORY_NAME, json.dumps(history, indent=1).encode()), (EXPLORER_NAME, content)):
         with episode_parts.atomic_path(buffer.parent / name) as temporary:
             temporary.write_bytes(data)
 
@@ -189,7 +187,7 @@ def _resume(buffer: Path, settings: dict, num_transitions: int, explorer: rnd.Ex
 
 def _restore(buffer: Path, explorer: rnd.Explorer) -> tuple[rnd.Explorer, int, list[dict]]:
     """The learner, the number of rounds that it has seen, and its history; as given, 0 and none if nothing is there."""
-    path = buffer.parent / CHECKPOINT_NAME
+    path = buffer.parent / EXPLORER_NAME
     if not path.exists():
         return explorer, 0, []
     try:
@@ -210,7 +208,7 @@ def _known_episodes(buffer: Path, length: int, num_envs: int, done: int) -> dict
     Raises:
         UserError: there are later ones, which are not this learner's, or there is none of what it has seen.
     """
-    checkpoint = buffer.parent / CHECKPOINT_NAME
+    checkpoint = buffer.parent / EXPLORER_NAME
     count, listed = done * num_envs, exorl_episodes.list_episodes(buffer)
     if listed and exorl_episodes.named_index(listed[-1]) >= count + num_envs:
         state = f'an older copy, which has learnt from {count} episodes' if checkpoint.exists() else 'missing'
@@ -251,5 +249,5 @@ def _load_replay(known: dict[int, Path], domain: str, length: int, num_envs: int
 
 def _forget(buffer: Path) -> None:
     """Removes the learner, and then its episodes: without it, they are not taken for the rest of what it knows."""
-    for path in (buffer.parent / CHECKPOINT_NAME, buffer.parent / HISTORY_NAME, *exorl_episodes.list_episodes(buffer)):
+    for path in (buffer.parent / EXPLORER_NAME, buffer.parent / HISTORY_NAME, *exorl_episodes.list_episodes(buffer)):
         path.unlink(missing_ok=True)

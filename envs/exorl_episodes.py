@@ -19,6 +19,7 @@ from utils.errors import UNREADABLE_NPZ, UserError, expanded
 DEFAULT_EXORL_DIR = '~/.exorl/data'
 EPISODE_NAME = re.compile(r'episode_(\d{6,})_(\d+)\.npz')
 METADATA_NAME = 'metadata.json'
+EXPLORER_NAME, HISTORY_NAME = 'explorer.msgpack', 'history.json'  # Of rnd's learner, beside the buffer as well.
 COLLECTED_BY, DOWNLOADED_BY = 'python -m envs.collect_exorl', 'python -m envs.download_exorl'  # Its 'made_by'.
 MIN_STEPS = 2  # One step has no next action to learn from.
 
