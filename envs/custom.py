@@ -14,7 +14,7 @@ import numpy as np
 
 from envs import TaskSpec, custom_files
 from envs.custom_files import LABELS, MINARI
-from envs.data import PHASES, SPLITS
+from envs.data import require_set
 from utils.errors import UserError
 
 SUITE = 'custom'
@@ -62,8 +62,7 @@ def load_raw(dataset: str, phase: str, split: str, max_transitions: int | None =
     Raises:
         UserError: the data set cannot be used; the message names it, and what is wrong.
     """
-    if phase not in PHASES or split not in SPLITS:
-        raise UserError(f'phase={phase!r}, split={split!r}: expected {" or ".join(PHASES)}, and {" or ".join(SPLITS)}')
+    require_set(phase, split)
     labels = LABELS if phase == 'finetuning' else ()
     raw = custom_files.read(dataset, labels, split, max_transitions)
     digest = hashlib.sha256()

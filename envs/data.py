@@ -34,10 +34,15 @@ ACTION_TOLERANCE = 1e-3
 REAL_KINDS = 'biuf'  # Of NumPy's data types: bool, integers, floating point.
 
 
-def dataset_path(dataset_dir: str | Path, domain: str, phase: str, split: str) -> Path:
-    """The file of an OGBench domain ('cube-single'), phase and split, under the published name; ~ is expanded."""
+def require_set(phase: str, split: str) -> None:
+    """Raises UserError unless they name one of the sets that there are for a task."""
     if phase not in PHASES or split not in SPLITS:
         raise UserError(f'phase={phase!r}, split={split!r}: expected {" or ".join(PHASES)}, and {" or ".join(SPLITS)}')
+
+
+def dataset_path(dataset_dir: str | Path, domain: str, phase: str, split: str) -> Path:
+    """The file of an OGBench domain ('cube-single'), phase and split, under the published name; ~ is expanded."""
+    require_set(phase, split)
     kind = {'pretraining': 'play', 'finetuning': 'play-ft'}[phase]
     suffix = {'train': '', 'val': '-val'}[split]
     return expanded(dataset_dir) / f'{domain}-{kind}-v0{suffix}.npz'
@@ -45,8 +50,7 @@ def dataset_path(dataset_dir: str | Path, domain: str, phase: str, split: str) -
 
 def exorl_dataset_path(dataset_dir: str | Path, domain: str, task: str | None, phase: str, split: str) -> Path:
     """The file of an ExORL domain's reward-free set, or of the set labelled with `task` ('run'); ~ is expanded."""
-    if phase not in PHASES or split not in SPLITS:
-        raise UserError(f'phase={phase!r}, split={split!r}: expected {" or ".join(PHASES)}, and {" or ".join(SPLITS)}')
+    require_set(phase, split)
     name = domain if phase == 'pretraining' else f'{domain}_{task}-ft'
     suffix = {'train': '', 'val': '-val'}[split]
     return expanded(dataset_dir) / f'exorl-{name}{suffix}.npz'
