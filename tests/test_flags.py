@@ -486,6 +486,22 @@ def test_bad_input_is_one_line_and_exit_code_2(run, arguments, message):
     assert not result.stdout
 
 
+@pytest.mark.parametrize(
+    ('platform', 'message'),
+    [
+        ('nonsense', "error: JAX finds no device: Unable to initialize backend 'nonsense'"),
+        ('cuda', 'error: JAX finds no device of JAX_PLATFORMS=cuda: unset it'),
+    ],
+)
+def test_a_platform_that_is_not_there_is_one_line_and_exit_code_2(run, platform, message):
+    if platform == 'cuda' and Path('/dev/nvidia0').exists():
+        pytest.skip('there is a GPU')
+    result = run(f'--env_name={TASK}', '--preset=smoke', JAX_PLATFORMS=platform)
+    assert result.returncode == 2
+    assert result.stderr.startswith(message)
+    assert result.stderr.count('\n') == 1
+
+
 def test_help_lists_the_flags_of_the_run_and_of_the_agent(run):
     result = run('--help')
     assert result.returncode == 0

@@ -224,26 +224,36 @@ def set_up_jax(config: RunConfig) -> RunConfig:
 
     Returns:
         The configuration with `chunk_size` chosen for the device where it was 0.
+
+    Raises:
+        UserError: there is no device of the kind that JAX_PLATFORMS asks for, or the other processes are not found.
     """
     append_xla_flags(config.xla_flags)
     if config.agent.get('encoder') not in (None, 'mlp'):
         avoid_crash_on_images()
     import jax
 
-    if with_host(jax.config.jax_platforms) != jax.config.jax_platforms:
-        jax.config.update('jax_platforms', with_host(jax.config.jax_platforms))
+    asked = jax.config.jax_platforms
+    without_host = with_host(asked) != asked
+    if without_host:
+        jax.config.update('jax_platforms', with_host(asked))
     if config.distributed:
         from utils import processes
 
         processes.join(config.coordinator_address, config.num_processes, config.process_id)
     from utils import devices
 
-    devices.set_matmul_precision(config.precision)
+    try:
+        backend = jax.default_backend()
+    except RuntimeError as error:  # JAX_PLATFORMS names what is not there, or a driver does not answer.
+        raise UserError(f'JAX finds no device: {error}') from error
+    if backend == 'cpu' and without_host:  # JAX passes over cuda where it sees no GPU.
+        raise UserError(f'JAX finds no device of JAX_PLATFORMS={asked}: unset it to train on the processor')
+    devices.set_matmul_precision(config.precision, backend)
     if config.compilation_cache:
         _use_compilation_cache(config.distributed)
     if config.chunk_size:
         return config
-    backend = jax.default_backend()
     # Long chunks hide the dispatch of an accelerator's short updates; on a CPU the progress bar should move.
     chunk_size = largest_divisor(config.log_interval, config.block, 100 if backend == 'cpu' else 1_000)
     sources = config.sources | {'chunk_size': f'chosen for this device ({backend})'}
