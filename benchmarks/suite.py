@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import agents
 from utils import cli, runs
-from utils.errors import UserError, last_line
+from utils.errors import UserError, expanded, last_line
 
 FLAGS = flags.FLAGS
 
@@ -186,13 +186,12 @@ def chosen(entries, only: list[str]) -> list[dict]:
 
 
 def main(_):
+    directory = runs.require_writable(expanded(FLAGS.output))
     # Asked for in a process of its own: some accelerators serve one process at a time.
     ask = [sys.executable, '-c', 'import jax; print(jax.default_backend())']
     backend = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.split()[-1]
     kind = 'cpu' if backend == 'cpu' else 'gpu'
     entries = chosen(ENTRIES[kind], FLAGS.only)
-    directory = Path(FLAGS.output)
-    runs.require_writable(directory)
     path = directory / 'throughput.jsonl'
     reports = read(path)
     groups = [entries[first : first + FLAGS.jobs] for first in range(0, len(entries), FLAGS.jobs)]

@@ -15,7 +15,6 @@ import functools
 import statistics
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from unittest import mock
 
 import flax.linen as nn
@@ -30,7 +29,7 @@ import agents
 from agents import infom
 from benchmarks import suite, throughput
 from utils import cli, devices, networks, processor, runs, training
-from utils.errors import UserError
+from utils.errors import UserError, expanded
 
 FLAGS = flags.FLAGS
 
@@ -261,9 +260,8 @@ def main(_):
     unknown = sorted(set(FLAGS.only) - set(TECHNIQUES))
     if unknown:
         raise UserError(f'--only={",".join(unknown)}: expected of {", ".join(TECHNIQUES)}')
+    directory = runs.require_writable(expanded(FLAGS.output))
     devices.set_matmul_precision(FLAGS.precision)
-    directory = Path(FLAGS.output)
-    runs.require_writable(directory)
     path = directory / 'techniques.jsonl'
     reports = suite.read(path)
     problem = throughput.make_problem('infom', FLAGS.env_name, FLAGS.preset, FLAGS.rows, FLAGS.batch_size)

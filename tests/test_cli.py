@@ -42,3 +42,12 @@ def test_what_a_flag_cannot_be_gets_one_line_and_exit_code_2(argument, expected)
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
     assert line.startswith('error: ') and expected in line
+
+
+@pytest.mark.parametrize('module', ['utils.demo', 'utils.task_table', 'benchmarks.suite', 'benchmarks.techniques'])
+def test_a_home_folder_is_looked_up_before_anything_is_done(module):
+    """The shell leaves --output=~/x as it is."""
+    command = [sys.executable, '-m', module, '--output=~no-such-user/x']
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.startswith('error: ~no-such-user/x: the home folder'), result.stderr

@@ -10,7 +10,6 @@ import json
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 from absl import flags
@@ -18,7 +17,7 @@ from absl import flags
 import envs
 from envs import worker_pool
 from utils import cli, plots, runs
-from utils.errors import UserError
+from utils.errors import UserError, expanded
 from utils.evaluation import Evaluator, record_video
 
 FLAGS = flags.FLAGS
@@ -148,7 +147,8 @@ def write_scores(path, scores, seeds):
 
 def main(_):
     began = time.monotonic()
-    directory = Path(FLAGS.directory)
+    directory = expanded(FLAGS.directory)
+    output = runs.require_writable(expanded(FLAGS.output) if FLAGS.output else directory)
     seeds = FLAGS.seeds
     collect(directory / 'data')
     run_directories = [train(directory, seed) for seed in seeds]
@@ -159,8 +159,6 @@ def main(_):
         POLICIES[1]: [score(rows[0]) for rows in lines],
         POLICIES[2]: [score(rows[-1]) for rows in lines],
     }
-    output = Path(FLAGS.output) if FLAGS.output else directory
-    runs.require_writable(output)
     figure = output / 'learning_curves.png'
     members = {'InFOM': list(zip(run_directories, seeds, strict=True))}
     plots.draw_learning_curves(

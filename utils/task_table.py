@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import envs
 from utils import cli, runs
-from utils.errors import UserError, last_line
+from utils.errors import UserError, expanded, last_line
 
 STAGES = {
     'data': 'data made',
@@ -178,7 +178,7 @@ def main(_):
     tasks = [task for task in envs.TASKS if FLAGS.only in task]
     if not tasks:
         raise UserError(f'--only={FLAGS.only}: no task has that in its name; envs.TASKS lists them')
-    output, directory = Path(FLAGS.output), Path(FLAGS.directory)
+    output, directory = expanded(FLAGS.output), expanded(FLAGS.directory)
     runs.require_writable(output.parent)
     store = output.with_suffix('.jsonl')
     records = read_records(store)
