@@ -125,7 +125,7 @@ class CheckpointWriter:
         self._prune(newest=path)
 
     def _prune(self, newest: Path) -> None:
-        for old in _checkpoints_in(self.directory):
+        for old in all_in(self.directory):
             if old == newest or _is_kept(old):
                 continue
             # Renamed first: a kill in the middle of deleting must not leave something that looks like a checkpoint.
@@ -138,9 +138,16 @@ class CheckpointWriter:
             shutil.rmtree(grave, ignore_errors=True)
 
 
+def all_in(directory: Path) -> list[Path]:
+    """The complete checkpoints of a `checkpoints` directory, oldest first."""
+    if not directory.is_dir():
+        return []
+    return sorted((path for path in directory.iterdir() if _is_checkpoint(path)), key=lambda path: int(path.name))
+
+
 def latest_step(directory: str | os.PathLike) -> int | None:
     """The step of the newest complete checkpoint in a `checkpoints` directory, None if there is none."""
-    checkpoints = _checkpoints_in(Path(directory))
+    checkpoints = all_in(Path(directory))
     return int(checkpoints[-1].name) if checkpoints else None
 
 
@@ -160,7 +167,7 @@ def resolve(path: str | os.PathLike, phase: str | None = None) -> Path:
     if not path.is_dir():
         raise UserError(f'{path} does not exist: expected a run directory or a checkpoint inside one.')
     directory = path / 'checkpoints' if (path / 'checkpoints').is_dir() else path
-    checkpoints = _checkpoints_in(directory)
+    checkpoints = all_in(directory)
     if not checkpoints:
         raise UserError(f'no complete checkpoint in {directory}: expected a run directory or a checkpoint inside one.')
     if phase is None:
@@ -323,13 +330,6 @@ def _dtype(leaf: Any) -> np.dtype:
 def _is_checkpoint(path: Path) -> bool:
     # Any of the items will do: one that has lost another is damaged, and is to be told of, not passed over.
     return path.name.isdecimal() and any((path / item).exists() for item in ('meta.json', 'index.json', 'state'))
-
-
-def _checkpoints_in(directory: Path) -> list[Path]:
-    """The complete checkpoints of a `checkpoints` directory, oldest first."""
-    if not directory.is_dir():
-        return []
-    return sorted((path for path in directory.iterdir() if _is_checkpoint(path)), key=lambda path: int(path.name))
 
 
 def _is_kept(path: Path) -> bool:

@@ -137,8 +137,7 @@ def open_run(directory, seed=None, dataset_dir=None, num_states=3) -> Look:
             f'{directory} is not a run directory ({type(error).__name__}: {error}): expected one that main.py, '
             'pretrain.py or finetune.py made, with config.json and checkpoints/'
         ) from error
-    newest = checkpoints.resolve(directory)
-    saved = sorted((path for path in newest.parent.iterdir() if path.name.isdecimal()), key=lambda path: int(path.name))
+    saved = checkpoints.all_in(checkpoints.resolve(directory).parent)
     seed = first if seed is None else seed
     if not first <= seed < first + count:
         raise UserError(f'{directory} has no seed {seed}: expected {first} to {first + count - 1}')
