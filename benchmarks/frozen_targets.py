@@ -129,9 +129,11 @@ def measure(
 
 
 def _beginning(look) -> Path:
-    """The checkpoint of pre-training that a run's fine-tuning began with."""
+    """The checkpoint of pre-training that a run's fine-tuning began with. Raises UserError where there was none."""
     if checkpoints.load_meta(look.checkpoints[0])['phase'] == 'pretraining':
         return look.checkpoints[0]
+    if look.config.get('restore_path') is None:
+        raise UserError(f'{look.directory}: it was fine-tuned without a pre-training: there is no clone to begin with')
     return checkpoints.resolve(Path(look.config['restore_path']), phase='pretraining')
 
 

@@ -53,7 +53,11 @@ def _labelled(look):
 
 @pytest.mark.parametrize(
     ('agent', 'phases', 'message'),
-    [('iql', data.PHASES, 'iql: expected InFOM'), ('infom', data.PHASES[:1], 'no checkpoint of fine-tuning')],
+    [
+        ('iql', data.PHASES, 'iql: expected InFOM'),
+        ('infom', data.PHASES[:1], 'no checkpoint of fine-tuning'),
+        ('infom', data.PHASES[1:], 'fine-tuned without a pre-training'),
+    ],
 )
 def test_what_it_is_not_for(agent, phases, message, training_data):  # noqa: F811
     run = make_run(training_data, training_data, agent, phases)
