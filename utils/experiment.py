@@ -1,10 +1,10 @@
 """One training run, from its directory on disk to its summary: what the three entry points are made of.
 
 `Experiment` decides when to train, log, evaluate and save, and composes the modules that do each: compiled chunks
-(`training`), batches (`datasets`), checkpoints, metrics, evaluation. It imports no simulator: environments and raw
+(`training`), batches (`batches`), checkpoints, metrics, evaluation. It imports no simulator: environments and raw
 data come in as functions.
 
-Where a run starts is settled in one place, `start`, in this order:
+Where a run starts is settled in one place, `_start`, in this order:
   1. the run directory's own latest checkpoint (the same command again resumes);
   2. `--restore_path`;
   3. scratch.
@@ -33,7 +33,7 @@ from utils.run_log import RunLog, interval_lines
 class Experiment:
     """A run of `seeds` seeds, trained side by side; use as a context manager.
 
-    config: `flags.RunConfig`. task: `envs.TaskSpec`. load_raw(phase, split, max_transitions) → raw arrays.
+    config: `run_config.RunConfig`. task: `envs.TaskSpec`. load_raw(phase, split, max_transitions) → raw arrays.
     make_evaluator() → `evaluation.Evaluator`. record_video(policy, path) writes one file; the last two may be None for
     runs that do not evaluate.
     """
@@ -413,11 +413,9 @@ class Experiment:
     def _save(self, *, keep, evaluation_due=False):
         step = self.offset + self.phase_step
         meta = {
-            'format_version': checkpoints.FORMAT_VERSION,
             'phase': self.phase,
             'phase_step': self.phase_step,
             'offset': self.offset,
-            'step': step,
             'env_name': self.task.name,
             'domain': self.task.domain,
             'agent_name': self.config.agent_name,
