@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from importlib.metadata import version
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +31,8 @@ from tqdm import tqdm
 import agents
 import envs
 from benchmarks import arithmetic, host_loop, suite
-from utils import cli, devices, presets, training
+from envs import worker_pool
+from utils import cli, devices, presets, processor, training
 from utils.datasets import Dataset, example_batch
 from utils.flags import avoid_crash_on_images
 from utils.flows import clipping_bounds
@@ -271,16 +271,11 @@ def summarize(loops: dict[str, Loop], times, num_seeds: int = 1, matmul_gflops: 
 
 def machine() -> dict:
     """Processor, cores, how busy they were before the measurement, device and versions."""
-    model = platform.processor()
-    if Path('/proc/cpuinfo').exists():
-        lines = Path('/proc/cpuinfo').read_text(encoding='utf-8').splitlines()
-        model = next((line.split(':')[1].strip() for line in lines if line.startswith('model name')), model)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     return {
         'device': jax.devices()[0].device_kind,
         'platform': jax.default_backend(),
-        'processor': model,
-        'cores': cores,
+        'processor': processor.model_name(),
+        'cores': worker_pool.available_cores(),
         'load_average': round(os.getloadavg()[0], 2) if hasattr(os, 'getloadavg') else None,
         'versions': {
             'python': platform.python_version(),

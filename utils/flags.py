@@ -7,23 +7,20 @@ a device: bad input is refused before anything starts.
 
 import ast
 import dataclasses
-import hashlib
 import importlib.metadata
 import itertools
 import logging
 import os
-import platform
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict, FrozenConfigDict
 
 import agents
 import envs
-from utils import presets
+from utils import presets, processor
 from utils.errors import UserError, expanded
 from utils.intervals import fit_intervals, largest_divisor
 from utils.run_config import (
@@ -290,7 +287,8 @@ def _use_compilation_cache(distributed: bool) -> None:
     if jax.config.jax_compilation_cache_dir is None:
         if distributed:
             return
-        cache = expanded(os.environ.get('XDG_CACHE_HOME') or '~/.cache') / 'infom' / 'xla' / _processor()
+        cache = expanded(os.environ.get('XDG_CACHE_HOME') or '~/.cache') / 'infom' / 'xla'
+        cache /= processor.instruction_set()
         try:
             cache.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -298,13 +296,3 @@ def _use_compilation_cache(distributed: bool) -> None:
             return
         jax.config.update('jax_compilation_cache_dir', str(cache))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
-
-
-def _processor() -> str:
-    """A short name of the processor's instruction set: machines that share a home must not share CPU programs."""
-    try:
-        lines = Path('/proc/cpuinfo').read_text(encoding='utf-8').splitlines()
-    except OSError:
-        lines = []
-    features = [line for line in lines if line.lower().startswith(('flags', 'features'))]
-    return hashlib.sha256((features or [platform.machine()])[0].encode()).hexdigest()[:12]
