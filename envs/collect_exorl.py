@@ -98,7 +98,7 @@ def collect(
     if policy == 'rnd':
         settings['num_envs'] = num_envs
     buffer = exorl_episodes.buffer_path(exorl_dir, domain, policy)
-    buffer.mkdir(parents=True, exist_ok=True)
+    episode_parts.make_folder(buffer)
     with episode_parts.hold(*exorl_episodes.lock(buffer)):
         _claim(buffer, settings, overwrite)
         for folder in (buffer, buffer.parent):

@@ -124,7 +124,7 @@ def convert(
         return paths
 
     folder = paths[0].parent
-    folder.mkdir(parents=True, exist_ok=True)
+    episode_parts.make_folder(folder)
     refusal = f'another process is converting episodes of {domain} into {folder}; wait for it, or stop it'
     with episode_parts.held(folder / f'.exorl-{domain}.lock', refusal):
         for leftover in folder.glob(f'.exorl-{domain}*.tmp'):  # Of a killed process.

@@ -72,7 +72,7 @@ def download(
     resumable_download.check_base_url(base_url)
     if _is_there(buffer, overwrite):
         return buffer
-    buffer.parent.mkdir(parents=True, exist_ok=True)
+    episode_parts.make_folder(buffer.parent)
     with episode_parts.held(*exorl_episodes.lock(buffer)):
         if not _is_there(buffer, overwrite):  # Another process may have been at the end of it.
             _fetch_and_unpack(domain, algo, buffer, base_url, keep_zip, overwrite, pause)

@@ -61,7 +61,7 @@ def download(
     for path in paths:
         if _is_there(path, overwrite):
             continue
-        path.parent.mkdir(parents=True, exist_ok=True)
+        episode_parts.make_folder(path.parent)
         refusal = f'another process is downloading {path}; wait for it, or stop it'
         with episode_parts.held(path.with_name(f'.{path.name}.lock'), refusal):
             if not _is_there(path, overwrite):  # Another process may have been at the end of it.

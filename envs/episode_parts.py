@@ -32,6 +32,14 @@ def read_metadata(path: Path) -> dict | None:
         return None
 
 
+def make_folder(folder: Path) -> None:
+    """Makes a folder for data, if it is not there. Raises UserError where that is not possible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'{folder} cannot be made ({error.strerror}): choose another folder') from error
+
+
 def is_readable(path: Path) -> bool:
     """Whether the npz file is there with every byte as it was written."""
     try:
@@ -102,12 +110,11 @@ class EpisodeParts:
             settings: JSON-able; what decides the content of an episode of a given index.
 
         Raises:
-            UserError: another process is making the same file.
-            OSError: the folder cannot be made.
+            UserError: another process is making the same file, or the folder cannot be made.
         """
         self._target = target
         self.folder = _parts_folder(target)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         self._lock = hold(self.folder / 'lock', f'another process is making {target}; wait for it, or stop it')
 
         settings_path = self.folder / 'settings.json'

@@ -198,6 +198,17 @@ def test_no_room_is_seen_before_the_download(server, tmp_path, monkeypatch):
         fetch(server, tmp_path)
 
 
+@pytest.mark.parametrize('in_the_way', ['a file', 'a link to a disk that is not there'])
+def test_a_folder_that_cannot_be_made_is_a_user_error(server, tmp_path, in_the_way):
+    folder = tmp_path / 'data'
+    if in_the_way == 'a file':
+        folder.write_text('')
+    else:
+        folder.symlink_to(tmp_path / 'absent' / 'disk')
+    with pytest.raises(UserError, match=rf'^{folder} cannot be made \('):
+        fetch(server, folder)
+
+
 def run(*arguments):
     return subprocess.run(
         [sys.executable, '-m', 'envs.download_ogbench', *arguments],
