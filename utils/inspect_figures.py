@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 
+from utils import plots
 from utils.plots import COLORS
 from utils.runs import atomic_path
 
@@ -20,12 +21,7 @@ KINDS = {  # of metrics in learning curves
 @contextlib.contextmanager
 def figure_file(path, rows, columns, width, height, **options):
     """A figure of rows × columns axes (each width × height inches), given as a 2-D array, and written to `path`."""
-    import matplotlib
-
-    matplotlib.use('Agg')
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(
+    figure, axes = plots.pyplot().subplots(
         rows, columns, figsize=(columns * width, rows * height), squeeze=False, constrained_layout=True, **options
     )
     try:
@@ -33,7 +29,7 @@ def figure_file(path, rows, columns, width, height, **options):
         with atomic_path(path) as temporary:
             figure.savefig(temporary, dpi=100)
     finally:
-        pyplot.close(figure)
+        plots.close(figure)
 
 
 def draw_curves(path, rows, columns=4):
@@ -113,7 +109,6 @@ def draw_strip(path, state_image, images, distances, names):
 def draw_intentions(path, points, explained, behaviour, episodes):
     """Intentions in the plane, points (B, 2), coloured by behaviour (`envs.state_views.Behaviour` of these rows) and by
     episode (B,); `explained` (2,): shares of the variance."""
-    from matplotlib import pyplot
     from matplotlib.ticker import MaxNLocator
 
     with figure_file(path, 1, 2, 5.6, 4.6, sharex=True, sharey=True) as (figure, axes):
@@ -126,7 +121,7 @@ def draw_intentions(path, points, explained, behaviour, episodes):
         else:
             for index in range(-1, len(behaviour.names)):
                 # A puzzle has more objects than there are colours that everyone can tell apart.
-                color = COLORS[index] if len(behaviour.names) < len(COLORS) else pyplot.cm.tab20(index + 1)
+                color = COLORS[index] if len(behaviour.names) < len(COLORS) else plots.pyplot().cm.tab20(index + 1)
                 chosen = behaviour.values == index
                 name = 'nothing more' if index < 0 else behaviour.names[index]
                 if chosen.any():

@@ -37,10 +37,9 @@ def hatch(position: int) -> str | None:
 def panels(count: int, columns: int, size: tuple[float, float]):
     """(figure, axes): `count` panels of `size` inches in rows of at most `columns`, without the upper and right
     spines."""
-    pyplot = _pyplot()
     columns = min(count, columns)
     rows = -(-count // columns)
-    figure, grid = pyplot.subplots(
+    figure, grid = pyplot().subplots(
         rows, columns, figsize=(size[0] * columns, size[1] * rows + 0.5), squeeze=False, constrained_layout=True
     )
     for axis in grid.flat[count:]:
@@ -110,17 +109,18 @@ def save(figure, path: str | os.PathLike) -> Path:
 
 def close(figure) -> None:
     """Frees a figure's memory."""
-    _pyplot().close(figure)
+    pyplot().close(figure)
 
 
-def _pyplot():
+def pyplot():
+    """Matplotlib's pyplot, with the backend that needs no display."""
     import matplotlib
 
     matplotlib.use('Agg')
     matplotlib.rcParams['svg.hashsalt'] = 'infom'
-    from matplotlib import pyplot
+    import matplotlib.pyplot
 
-    return pyplot
+    return matplotlib.pyplot
 
 
 # --- One task's runs, as the demo shows them ---
