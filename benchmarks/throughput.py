@@ -34,14 +34,13 @@ from benchmarks import arithmetic, host_loop, suite
 from envs import worker_pool
 from utils import cli, devices, presets, processor, training
 from utils.datasets import Dataset, example_batch
-from utils.flags import avoid_crash_on_images
+from utils.flags import PHASES, avoid_crash_on_images
 from utils.flows import clipping_bounds
 from utils.normalizers import Normalizer
 from utils.run_config import flag_fields
 
 # Agents that have a host loop to be compared with.
 HOST_LOOPS = {'infom': host_loop}
-PHASES = ('pretraining', 'finetuning')
 JSON_PREFIX = {'pretraining': 'pretrain', 'finetuning': 'finetune'}
 EPISODE_LENGTH = 1000
 
