@@ -155,9 +155,9 @@ def main(argv):
     from utils.evaluation import Evaluator
 
     directory = expanded(argv[1])
+    config = open_run(directory).config  # Before a folder is made for what is measured of it.
     output = expanded(FLAGS.output) if FLAGS.output else directory
     require_writable(output)
-    config = open_run(directory).config
     make_env = functools.partial(envs.make_env, config['env_name'], frame_stack=config.get('frame_stack', 1))
     with Evaluator(make_env, FLAGS.eval_workers) as evaluator:
         rows = measure(directory, evaluator, FLAGS.updates, FLAGS.interval, FLAGS.eval_episodes, FLAGS.dataset_dir)

@@ -106,6 +106,14 @@ def draw(rows, path: Path) -> None:
     plots.close(figure)
 
 
+def require_runs(directory: Path) -> list[Path]:
+    """The runs at or under a directory. Raises UserError where there is none."""
+    runs = sorted(find_runs(directory))
+    if not runs:
+        raise UserError(f'no run in {directory}: expected directories that main.py or pretrain.py made')
+    return runs
+
+
 def score_runs(directory: Path, num_states: int, dataset_dir: str | None = None) -> tuple[list, set, list]:
     """(rows, units) of all runs at or under a directory, as `score_run` gives them for one, and why others are left
     out.
@@ -113,9 +121,7 @@ def score_runs(directory: Path, num_states: int, dataset_dir: str | None = None)
     Raises:
         UserError: no run, or none that can be scored.
     """
-    runs = sorted(find_runs(directory))
-    if not runs:
-        raise UserError(f'no run in {directory}: expected directories that main.py or pretrain.py made')
+    runs = require_runs(directory)
     rows, units, left_out = [], set(), []
     for run in tqdm(runs, unit='run'):
         name = str(run.relative_to(directory)) if run != directory else run.resolve().name
@@ -133,6 +139,7 @@ def score_runs(directory: Path, num_states: int, dataset_dir: str | None = None)
 
 def main(argv):
     directory = expanded(argv[1])
+    require_runs(directory)  # Before a folder is made for what they score.
     output = expanded(FLAGS.output) if FLAGS.output else directory / 'results'
     require_writable(output)
     rows, units, left_out = score_runs(directory, FLAGS.num_states, FLAGS.dataset_dir)

@@ -94,6 +94,7 @@ def measure(directory: Path, updates: int, interval: int, num_states: int, datas
 
 def main(argv):
     directory = expanded(argv[1])
+    open_run(directory)  # Before a folder is made for what is measured of it.
     output = expanded(FLAGS.output) if FLAGS.output else directory
     require_writable(output)
     rows = measure(directory, FLAGS.updates, FLAGS.interval, FLAGS.num_states, FLAGS.dataset_dir)

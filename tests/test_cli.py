@@ -51,3 +51,12 @@ def test_a_home_folder_is_looked_up_before_anything_is_done(module):
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr.startswith('error: ~no-such-user/x: the home folder'), result.stderr
+
+
+@pytest.mark.parametrize('module', ['benchmarks.occupancy', 'benchmarks.occupancy_limit', 'benchmarks.frozen_targets'])
+def test_the_wrong_name_of_a_run_makes_no_folder(module, tmp_path):
+    command = [sys.executable, '-m', module, tmp_path / 'typo']
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.startswith('error: ') and 'typo' in result.stderr, result.stderr
+    assert not list(tmp_path.iterdir())
