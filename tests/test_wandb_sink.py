@@ -73,7 +73,8 @@ def test_importing_the_module_does_not_import_wandb():
     assert subprocess.run([sys.executable, '-c', program], cwd=ROOT, check=False).returncode == 0
 
 
-def test_metrics_and_videos_are_forwarded(fake, tmp_path):
+def test_metrics_and_videos_are_forwarded(fake, tmp_path, monkeypatch):
+    monkeypatch.delenv('WANDB_PROJECT', raising=False)
     sink = WandbSink(tmp_path, 'online', group='g', name='n', config={'seed': 3})
     assert sink.active
     sink.log(40, {'training/loss': 0.5, 'unknown': None, 'diverged': float('nan')})
@@ -89,6 +90,12 @@ def test_metrics_and_videos_are_forwarded(fake, tmp_path):
     arguments = fake.arguments[0]
     assert (arguments['project'], arguments['group'], arguments['name']) == ('infom', 'g', 'n')
     assert (arguments['mode'], arguments['resume'], arguments['config']) == ('online', 'allow', {'seed': 3})
+
+
+def test_runs_go_to_the_project_of_the_environment(fake, tmp_path, monkeypatch):
+    monkeypatch.setenv('WANDB_PROJECT', 'mine')
+    WandbSink(tmp_path, 'online').finish()
+    assert fake.arguments[0]['project'] == 'mine'
 
 
 def test_a_resumed_run_goes_on_in_the_same_wandb_run(fake, tmp_path):

@@ -18,7 +18,7 @@ from utils.runs import write_json
 
 logger = logging.getLogger(__name__)
 
-PROJECT = 'infom'
+DEFAULT_PROJECT = 'infom'
 START_TIMEOUT = 60  # seconds to reach the server before the run goes on without
 FINISH_TIMEOUT = 120  # seconds to hand over what is still queued
 
@@ -57,7 +57,7 @@ class WandbSink:
             )
             run_id = self._run_id()
             run = wandb.init(
-                project=PROJECT,
+                project=os.environ.get('WANDB_PROJECT') or DEFAULT_PROJECT,  # Given here, it outranks wandb's variable.
                 group=group,
                 name=name,
                 config=dict(config or {}),
