@@ -154,6 +154,13 @@ class MLP(nn.Module):
         return x
 
 
+def joined(encoder: nn.Module | None, observations, *inputs):
+    """Observations, behind an image encoder if there is one, and other inputs side by side: (B, …)."""
+    if encoder is not None:
+        observations = encoder(observations)
+    return jnp.concatenate([observations, *inputs], axis=-1)
+
+
 def ensemble_of_mlps(size: int):
     """`MLP` for a size of 1; else a module of `size` of them with separate parameters, on the same input, whose output
     gains a leading axis (size, …)."""
@@ -178,9 +185,7 @@ class ScalarHead(nn.Module):
 
     @nn.compact
     def __call__(self, observations, *inputs):
-        if self.encoder is not None:
-            observations = self.encoder(observations)
-        x = jnp.concatenate([observations, *inputs], axis=-1)
+        x = joined(self.encoder, observations, *inputs)
         return ensemble_of_mlps(self.num_ensembles)(self.hidden_dims, 1, self.layer_norm)(x).squeeze(-1)
 
 
@@ -199,9 +204,7 @@ class VectorHead(nn.Module):
 
     @nn.compact
     def __call__(self, observations, *inputs):
-        if self.encoder is not None:
-            observations = self.encoder(observations)
-        x = jnp.concatenate([observations, *inputs], axis=-1)
+        x = joined(self.encoder, observations, *inputs)
         return ensemble_of_mlps(self.num_ensembles)(self.hidden_dims, self.output_dim, self.layer_norm)(x)
 
 
@@ -219,9 +222,7 @@ class GaussianActor(nn.Module):
 
     @nn.compact
     def __call__(self, observations, *inputs):
-        if self.encoder is not None:
-            observations = self.encoder(observations)
-        features = MLP(self.hidden_dims, layer_norm=self.layer_norm)(jnp.concatenate([observations, *inputs], axis=-1))
+        features = MLP(self.hidden_dims, layer_norm=self.layer_norm)(joined(self.encoder, observations, *inputs))
         means = Dense(self.action_dim, 0.01, name='mean')(features)
         if self.const_std:
             return means, jnp.ones_like(means)
@@ -242,9 +243,7 @@ class IntentionEncoder(nn.Module):
 
     @nn.compact
     def __call__(self, observations, actions):
-        if self.encoder is not None:
-            observations = self.encoder(observations)
-        features = MLP(self.hidden_dims, layer_norm=self.layer_norm)(jnp.concatenate([observations, actions], axis=-1))
+        features = MLP(self.hidden_dims, layer_norm=self.layer_norm)(joined(self.encoder, observations, actions))
         means = Dense(self.latent_dim, name='mean')(features)
         log_stds = Dense(self.latent_dim, name='log_std')(features)
         return means, jnp.clip(log_stds, -10.0, 2.0)
